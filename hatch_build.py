@@ -1,0 +1,64 @@
+"""Build step of the wheel: compiles the two C programs and the one C extension.
+
+* ``boxship/linux/_sys.abi3.so``: the system calls that Python lacks.
+* ``boxship/runtime/_init``: the program that a container's first process runs until the user's own (see
+  ``boxship/linux/remote.py``); static and free of libc, because it runs inside the container.
+* ``boxrun``: the native entry of the runtime's command line, put into the scripts folder as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+ROOT = Path(__file__).parent
+WARN = ["-Wall", "-Wextra", "-Werror=implicit-function-declaration", "-O2"]
+
+
+def compile_native(out: Path) -> dict[str, Path]:
+    """Compile everything into the folder `out` and return the built files by name."""
+    out.mkdir(parents=True, exist_ok=True)
+    cc = shlex.split(os.environ.get("CC", "gcc"))
+    native = ROOT / "src" / "native"
+    built = {"_sys.abi3.so": out / "_sys.abi3.so", "_init": out / "_init", "boxrun": out / "boxrun"}
+    include = sysconfig.get_path("include")
+    jobs = {
+        "_sys.abi3.so": ["-shared", "-fPIC", f"-I{include}", str(native / "sys.c")],
+        "_init": [
+            "-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector", "-fno-pie", "-no-pie",
+            "-fcf-protection=none", "-fno-asynchronous-unwind-tables", "-Wl,--build-id=none",
+            "-Wl,-z,noexecstack", "-Wl,-z,norelro", "-s", str(native / "init.c"),
+        ],
+        "boxrun": ["-static", "-s", str(native / "boxrun.c")],
+    }
+    for name, args in jobs.items():
+        subprocess.run([*cc, *WARN, *args, "-o", str(built[name])], check=True)
+    return built
+
+
+class NativeBuild(BuildHookInterface):  # type: ignore[type-arg]
+    """Hatchling's hook: compile, then put the results into the wheel."""
+
+    def initialize(self, version: str, build_data: dict) -> None:  # type: ignore[type-arg]
+        if self.target_name != "wheel":
+            return
+        built = compile_native(ROOT / "build" / "native")
+        package = ROOT / "src" / "boxship"
+        if version == "editable":
+            # An editable install reads the package from the source tree, so the results go there.
+            for name, target in (("_sys.abi3.so", package / "linux"), ("_init", package / "runtime")):
+                destination = target / name
+                destination.unlink(missing_ok=True)
+                destination.write_bytes(built[name].read_bytes())
+                destination.chmod(0o755)
+        else:
+            build_data["force_include"][str(built["_sys.abi3.so"])] = "boxship/linux/_sys.abi3.so"
+            build_data["force_include"][str(built["_init"])] = "boxship/runtime/_init"
+        build_data["shared_scripts"][str(built["boxrun"])] = "boxrun"
+        build_data["pure_python"] = False
+        build_data["infer_tag"] = True

@@ -1,0 +1,1 @@
+"""Numbers and struct layouts of the Linux ABI: data only; imports nothing."""

@@ -1,0 +1,1 @@
+"""The seams between layers, one module per standard interface."""

@@ -1,0 +1,1 @@
+"""The composition root: entry points, and the only place that sees several services."""

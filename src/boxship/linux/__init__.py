@@ -1,0 +1,1 @@
+"""Typed kernel primitives, with no knowledge of containers."""
