@@ -1,0 +1,201 @@
+/* boxship.linux._sys: what the interpreter cannot do by itself, and nothing more.
+ *
+ *   syscall(nr, *args) -> int      any system call; arguments are integers, buffers or None
+ *   spawn(fd, argv, fds) -> int    vfork + execveat of an open program: no copy of the interpreter's page tables
+ *   address(buffer) -> int         where a buffer lies, for structures that hold pointers
+ *
+ * Built against the limited API (3.11), so that one shared object serves every later version of Python.
+ */
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030b0000
+#include <Python.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static PyObject *os_error(void)
+{
+	return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+static int to_word(PyObject *object, Py_buffer *view, long *word)
+{
+	if (object == Py_None) {
+		*word = 0;
+		return 0;
+	}
+	if (PyLong_Check(object)) {
+		unsigned long long value = PyLong_AsUnsignedLongLongMask(object);
+		if (value == (unsigned long long)-1 && PyErr_Occurred())
+			return -1;
+		*word = (long)value;
+		return 0;
+	}
+	/* Writable when it can be: the kernel fills in results. */
+	if (PyObject_GetBuffer(object, view, PyBUF_WRITABLE) < 0) {
+		PyErr_Clear();
+		if (PyObject_GetBuffer(object, view, PyBUF_SIMPLE) < 0)
+			return -1;
+	}
+	*word = (long)view->buf;
+	return 1;
+}
+
+static PyObject *sys_syscall(PyObject *self, PyObject *args)
+{
+	(void)self;
+	Py_ssize_t count = PyTuple_Size(args);
+	if (count < 1 || count > 7) {
+		PyErr_SetString(PyExc_TypeError, "syscall(nr, *args) takes a number and up to six arguments");
+		return NULL;
+	}
+	long words[7] = {0};
+	Py_buffer views[7];
+	int held[7] = {0};
+	PyObject *result = NULL;
+	for (Py_ssize_t i = 0; i < count; i++) {
+		held[i] = to_word(PyTuple_GetItem(args, i), &views[i], &words[i]);
+		if (held[i] < 0) {
+			held[i] = 0;
+			goto out;
+		}
+	}
+	long value;
+	int saved;
+	Py_BEGIN_ALLOW_THREADS
+	value = syscall(words[0], words[1], words[2], words[3], words[4], words[5], words[6]);
+	saved = errno;
+	Py_END_ALLOW_THREADS
+	if (value == -1) {
+		errno = saved;
+		os_error();
+	} else {
+		result = PyLong_FromLong(value);
+	}
+out:
+	for (Py_ssize_t i = 0; i < count; i++)
+		if (held[i] > 0)
+			PyBuffer_Release(&views[i]);
+	return result;
+}
+
+/* What the child needs between vfork and exec. It shares the parent's memory, so it only makes system calls. */
+struct plan {
+	int exe;
+	char *const *argv;
+	char *const *envp;
+	const int *fds;      /* fds[i] becomes descriptor i */
+	int fd_count;
+	volatile int error;
+};
+
+static void child(struct plan *plan)
+{
+	/* Dispositions and mask are inherited by the program: give it the defaults. Python ignores SIGPIPE and SIGXFSZ. */
+	struct { void *handler; unsigned long flags; void *restorer; unsigned long mask; } dfl = {0};
+	for (int sig = 1; sig < 65; sig++)
+		syscall(SYS_rt_sigaction, sig, &dfl, NULL, 8);
+	unsigned long none = 0;
+	/* First out of the way of the low numbers, then into place. */
+	int high[16];
+	for (int i = 0; i < plan->fd_count; i++) {
+		high[i] = (int)syscall(SYS_fcntl, plan->fds[i], F_DUPFD_CLOEXEC, 64);
+		if (high[i] < 0)
+			goto fail;
+	}
+	int exe = (int)syscall(SYS_fcntl, plan->exe, F_DUPFD_CLOEXEC, 64);
+	if (exe < 0)
+		goto fail;
+	for (int i = 0; i < plan->fd_count; i++)
+		if (syscall(SYS_dup3, high[i], i, 0) < 0)
+			goto fail;
+	/* Everything else closes at exec: no descriptor of the caller reaches a container. */
+	if (syscall(SYS_close_range, plan->fd_count, ~0U, 4 /* CLOSE_RANGE_CLOEXEC */) < 0)
+		goto fail;
+	syscall(SYS_rt_sigprocmask, SIG_SETMASK, &none, NULL, 8);
+	syscall(SYS_execveat, exe, "", plan->argv, plan->envp, 0x1000 /* AT_EMPTY_PATH */);
+fail:
+	plan->error = errno;
+	syscall(SYS_exit, 127);
+}
+
+static PyObject *sys_spawn(PyObject *self, PyObject *args)
+{
+	(void)self;
+	int exe;
+	const char *name;
+	PyObject *list;
+	if (!PyArg_ParseTuple(args, "isO:spawn", &exe, &name, &list))
+		return NULL;
+	Py_ssize_t count = PySequence_Size(list);
+	if (count < 0)
+		return NULL;
+	if (count > 16) {
+		PyErr_SetString(PyExc_ValueError, "spawn: at most 16 descriptors");
+		return NULL;
+	}
+	int fds[16];
+	for (Py_ssize_t i = 0; i < count; i++) {
+		PyObject *item = PySequence_GetItem(list, i);
+		if (!item)
+			return NULL;
+		fds[i] = (int)PyLong_AsLong(item);
+		Py_DecRef(item);
+		if (PyErr_Occurred())
+			return NULL;
+	}
+	char *argv[] = {(char *)name, NULL};
+	char *envp[] = {NULL};
+	struct plan plan = {exe, argv, envp, fds, (int)count, 0};
+	/* With every signal blocked no Python handler can run on the shared stack of the child. */
+	unsigned long all = ~0UL, old = 0;
+	syscall(SYS_rt_sigprocmask, SIG_BLOCK, &all, &old, 8);
+	pid_t pid = vfork();
+	if (pid == 0) {
+		child(&plan);
+		_exit(127);
+	}
+	int saved = errno;
+	syscall(SYS_rt_sigprocmask, SIG_SETMASK, &old, NULL, 8);
+	if (pid < 0) {
+		errno = saved;
+		return os_error();
+	}
+	if (plan.error) {
+		waitpid(pid, NULL, 0);
+		errno = plan.error;
+		return os_error();
+	}
+	return PyLong_FromLong(pid);
+}
+
+static PyObject *sys_address(PyObject *self, PyObject *object)
+{
+	(void)self;
+	Py_buffer view;
+	if (PyObject_GetBuffer(object, &view, PyBUF_SIMPLE) < 0)
+		return NULL;
+	PyObject *result = PyLong_FromVoidPtr(view.buf);
+	PyBuffer_Release(&view);
+	return result;
+}
+
+static PyMethodDef methods[] = {
+	{"syscall", sys_syscall, METH_VARARGS, "syscall(nr, *args) -> int; raises OSError with the errno"},
+	{"spawn", sys_spawn, METH_VARARGS,
+	 "spawn(exe_fd, name, fds) -> pid; fds[i] becomes descriptor i, all others close at exec; no environment"},
+	{"address", sys_address, METH_O, "address(buffer) -> int; valid while the caller keeps the buffer alive and unchanged"},
+	{NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_sys", NULL, -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__sys(void)
+{
+	return PyModule_Create(&module);
+}
