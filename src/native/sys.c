@@ -1,16 +1,18 @@
 /* boxship.linux._sys: what the interpreter cannot do by itself, and nothing more.
  *
  *   syscall(nr, *args) -> int      any system call; arguments are integers, buffers or None
- *   spawn(fd, argv, fds) -> int    vfork + execveat of an open program: no copy of the interpreter's page tables
+ *   spawn(fd, name, fds, flags)    clone + execveat of an open program: no copy of the interpreter's page tables
  *   address(buffer) -> int         where a buffer lies, for structures that hold pointers
  *
  * Built against the limited API (3.11), so that one shared object serves every later version of Python.
  */
+#define _GNU_SOURCE
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030b0000
 #include <Python.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdint.h>
 #include <string.h>
@@ -94,8 +96,9 @@ struct plan {
 	volatile int error;
 };
 
-static void child(struct plan *plan)
+static int child(void *argument)
 {
+	struct plan *plan = argument;
 	/* Dispositions and mask are inherited by the program: give it the defaults. Python ignores SIGPIPE and SIGXFSZ. */
 	struct { void *handler; unsigned long flags; void *restorer; unsigned long mask; } dfl = {0};
 	for (int sig = 1; sig < 65; sig++)
@@ -121,7 +124,7 @@ static void child(struct plan *plan)
 	syscall(SYS_execveat, exe, "", plan->argv, plan->envp, 0x1000 /* AT_EMPTY_PATH */);
 fail:
 	plan->error = errno;
-	syscall(SYS_exit, 127);
+	_exit(127);
 }
 
 static PyObject *sys_spawn(PyObject *self, PyObject *args)
@@ -130,7 +133,8 @@ static PyObject *sys_spawn(PyObject *self, PyObject *args)
 	int exe;
 	const char *name;
 	PyObject *list;
-	if (!PyArg_ParseTuple(args, "isO:spawn", &exe, &name, &list))
+	unsigned int flags = 0;
+	if (!PyArg_ParseTuple(args, "isO|I:spawn", &exe, &name, &list, &flags))
 		return NULL;
 	Py_ssize_t count = PySequence_Size(list);
 	if (count < 0)
@@ -155,11 +159,8 @@ static PyObject *sys_spawn(PyObject *self, PyObject *args)
 	/* With every signal blocked no Python handler can run on the shared stack of the child. */
 	unsigned long all = ~0UL, old = 0;
 	syscall(SYS_rt_sigprocmask, SIG_BLOCK, &all, &old, 8);
-	pid_t pid = vfork();
-	if (pid == 0) {
-		child(&plan);
-		_exit(127);
-	}
+	static _Alignas(16) char stack[16384];
+	pid_t pid = clone(child, stack + sizeof stack, CLONE_VM | CLONE_VFORK | SIGCHLD | (int)flags, &plan);
 	int saved = errno;
 	syscall(SYS_rt_sigprocmask, SIG_SETMASK, &old, NULL, 8);
 	if (pid < 0) {
@@ -188,7 +189,7 @@ static PyObject *sys_address(PyObject *self, PyObject *object)
 static PyMethodDef methods[] = {
 	{"syscall", sys_syscall, METH_VARARGS, "syscall(nr, *args) -> int; raises OSError with the errno"},
 	{"spawn", sys_spawn, METH_VARARGS,
-	 "spawn(exe_fd, name, fds) -> pid; fds[i] becomes descriptor i, all others close at exec; no environment"},
+	 "spawn(exe_fd, name, fds, clone_flags=0) -> pid; fds[i] becomes descriptor i, the others close; no environment"},
 	{"address", sys_address, METH_O, "address(buffer) -> int; valid while the caller keeps the buffer alive and unchanged"},
 	{NULL, NULL, 0, NULL},
 };

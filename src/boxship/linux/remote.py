@@ -1,0 +1,375 @@
+"""Performing system calls in another process: programs of calls, and the process that carries them out.
+
+Runs in: the runtime (the *parent*). The other side is `src/native/init.c`, which runs inside the container's namespaces and
+does nothing but what a `Program` says; so no interpreter, library or open file of the host is ever inside a container.
+
+    parent                                            init (sealed copy of src/native/init.c)
+      │  spawn(): clone(CLONE_VFORK|namespaces), execveat   │
+      │────────────────────────────────────────────────────►│ maps the shared memory, waits
+      │  run(program): writes it into the memory,           │
+      │  {first, fds} + SCM_RIGHTS over the socket          │
+      │────────────────────────────────────────────────────►│ performs call after call
+      │◄────────────────────────────────────────────────────│ {index, errno}; 0 = came to the END
+      │  closes the socket                                  │ exits, if it still waits
+
+Layout of the memory (little or big endian as the machine is; 16 MiB at 0x200000000000 in init, sparse):
+operations of 72 bytes each from offset 0, then the data that their pointers mean.
+
+Not here: what the programs do (`boxship.runtime.init` tells the story of a container).
+"""
+
+from __future__ import annotations
+
+import os
+from _struct import Struct
+
+import _socket
+
+from boxship.abi import syscalls
+from boxship.linux import _sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    Argument = int | bytes | bytearray | str | "Reg" | None
+
+BASE = 0x200000000000
+SIZE = 16 << 20
+_OP = Struct("=IHHIIqQQQQQQ")
+_RESULT = Struct("=q")
+_WORD = Struct("=II")
+_ANSWER = Struct("=Ii")
+_OP_SIZE = 72
+_RESULT_OFFSET = 16
+
+_END, _FORK, _STORE = 0x10000, 0x10001, 0x10002
+_MASK = (1 << 64) - 1
+_FREE_REGISTER, _RECEIVED = 2, 64
+
+NEXT = -1
+"""As `on_err`: go on with the following operation."""
+
+
+class Reg:
+    """A register of the remote process: the place of a result that later operations use as an argument."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+CTL = Reg(1)
+"""Holds the remote side's control socket."""
+
+
+def received(index: int) -> Reg:
+    """The register of the index-th descriptor sent along with the program."""
+    return Reg(_RECEIVED + index)
+
+
+class Label:
+    """A place in a program that operations before it jump to."""
+
+    __slots__ = ("index", "users")
+
+    def __init__(self) -> None:
+        self.index = 0
+        self.users: list[tuple[int, int]] = []
+
+
+class RemoteError(OSError):
+    """A system call failed in the remote process; `what` is the description that the program gave to it."""
+
+    def __init__(self, error: int, what: str, index: int) -> None:
+        super().__init__(error, os.strerror(error))
+        self.what = what
+        self.index = index
+
+    def __str__(self) -> str:
+        return f"{self.what}: {(self.strerror or '').lower()}"
+
+
+class RemoteGone(Exception):
+    """The remote process ended (killed, or it executed another program) before it answered."""
+
+
+class Program:
+    """Operations in order, with the memory that their arguments point to.
+
+    Arguments are integers, `Reg`, None (0), bytes or buffers (a pointer to a copy), and str (a pointer to a
+    NUL-terminated path or name).
+    """
+
+    def __init__(self) -> None:
+        self._ops: list[list[int]] = []
+        self._what: list[str] = []
+        self._pointers: list[tuple[int, int, int]] = []  # (operation, argument, offset in data)
+        self._data = bytearray()
+        self._strings: dict[str, int] = {}
+        self._next_register = _FREE_REGISTER
+        self._data_base = 0
+        self.context = ""
+        """Put in front of every description, e.g. the mount that is being worked on."""
+
+    def __len__(self) -> int:
+        return len(self._ops)
+
+    def place(self, data: bytes | bytearray, align: int = 8) -> int:
+        """Put `data` into the memory and return its offset, for `Pointer` arithmetic in `address`."""
+        self._data.extend(bytes(-len(self._data) % align))
+        offset = len(self._data)
+        self._data += data
+        return offset
+
+    def _string(self, text: str) -> int:
+        offset = self._strings.get(text)
+        if offset is None:
+            raw = os.fsencode(text)
+            if b"\0" in raw:
+                raise ValueError(f"{text!r} contains a NUL byte")
+            offset = self._strings[text] = self.place(raw + b"\0", 1)
+        return offset
+
+    def call(
+        self, nr: int, *args: Argument, dst: Reg | None = None, what: str = "",
+        on_err: int | Label = 0, on_ok: Label | None = None,
+    ) -> int:
+        """Append one operation and return its index (for `Remote.result`).
+
+        `on_err`: 0 stops the program and makes `Remote.run` raise; NEXT ignores the failure; a `Label` is jumped to.
+        """
+        index = len(self._ops)
+        words = [0, 0, 0, 0, 0, 0]
+        registers = 0
+        for i, arg in enumerate(args):
+            if type(arg) is int:
+                words[i] = arg & _MASK
+            elif type(arg) is Reg:
+                words[i] = arg.number
+                registers |= 1 << i
+            elif type(arg) is str:
+                self._pointers.append((index, i, self._string(arg)))
+            elif arg is not None:
+                self._pointers.append((index, i, self.place(arg)))  # type: ignore[arg-type]
+        err = 0
+        if type(on_err) is Label:
+            on_err.users.append((index, 4))
+        elif on_err == NEXT:
+            err = index + 1
+        if on_ok is not None:
+            on_ok.users.append((index, 3))
+        self._ops.append([nr, dst.number if dst else 0, registers, 0, err, 0, *words])
+        self._what.append(self.context + what)
+        return index
+
+    def point(self, index: int, argument: int, offset: int) -> None:
+        """Make `argument` of operation `index` the address of what `place` put at `offset`."""
+        self._pointers.append((index, argument, offset))
+
+    def embed(self, at: int, target: int) -> None:
+        """Write the address of `target` (an offset from `place`) into the data at offset `at`: structures with pointers."""
+        self._pointers.append((-1, at, target))
+
+    def new(self) -> Reg:
+        """A register that nothing else in this program uses."""
+        register = Reg(self._next_register)
+        self._next_register += 1
+        if self._next_register >= _RECEIVED:
+            # Descriptors are closed as the program goes, so numbers may be used again far below.
+            self._next_register = 32
+        return register
+
+    def keep(self) -> Reg:
+        """A register that keeps its value over later programs too: never handed out by `new`."""
+        global _kept
+        _kept = _kept + 1 if _kept < 511 else 400
+        return Reg(_kept)
+
+    def mark(self, label: Label) -> None:
+        """Let `label` mean the operation that is appended next."""
+        label.index = len(self._ops)
+        for index, field in label.users:
+            self._ops[index][field] = label.index
+        label.users = []
+
+    def end(self) -> int:
+        """Answer success and wait for the next program."""
+        return self.call(_END)
+
+    def jump(self, label: Label) -> None:
+        """Go on at `label`."""
+        self.call(_STORE, self._scratch(), 0, on_ok=label)
+
+    def _scratch(self) -> int:
+        return BASE + SIZE - 8
+
+    def fork(self, flags: int, *, parent: Label, takes_over: bool, what: str) -> int:
+        """clone(2) with `flags`: the child goes on with the next operation, the parent at `parent`.
+
+        With `takes_over` the child answers from now on; otherwise it is a helper that ends with an exit or an exec.
+        """
+        return self.call(_FORK, flags, 1 if takes_over else 0, on_ok=parent, what=what)
+
+    def store(self, index_offset: int, value: Reg | int) -> int:
+        """Write a register as 32 bits at an offset from `place`, e.g. a descriptor number into a control message."""
+        index = self.call(_STORE, 0, value)
+        self.point(index, 0, index_offset)
+        return index
+
+    def image(self, base: int = 0) -> bytes:
+        """The bytes to put at offset `base` of the shared memory."""
+        ops = self._ops
+        self._data_base = base + len(ops) * _OP_SIZE + (-(base + len(ops) * _OP_SIZE) % 16)
+        start = BASE + self._data_base
+        data = self._data
+        for index, argument, offset in self._pointers:
+            if index < 0:
+                data[argument : argument + 8] = (start + offset).to_bytes(8, _ORDER)
+            else:
+                ops[index][6 + argument] = start + offset
+        pack = _OP.pack
+        body = b"".join([pack(*op) for op in ops])
+        return body.ljust(self._data_base - base, b"\0") + data
+
+    def what(self, index: int) -> str:
+        """The description of an operation."""
+        return self._what[index]
+
+    @property
+    def descriptions(self) -> list[str]:
+        """Of every operation, in order."""
+        return self._what
+
+
+_kept = 400
+from sys import byteorder as _ORDER  # noqa: E402
+
+
+class Remote:
+    """A process that performs programs. Owns its control socket and its mapping of the shared memory."""
+
+    def __init__(self, pid: int, ctl: int, memory: int) -> None:
+        """Takes the descriptors `ctl` and `memory`."""
+        self.pid = pid
+        self.ctl = ctl
+        self.memory = memory
+        self._program: Program | None = None
+
+    def close(self) -> None:
+        """Let go: a remote process that waits for a program exits."""
+        if self.ctl >= 0:
+            os.close(self.ctl)
+            os.close(self.memory)
+            self.ctl = self.memory = -1
+
+    def send(self, program: Program, fds: Sequence[int] = ()) -> None:
+        """Start `program` without waiting for its answer; `fds` arrive in the registers `received(0)` and following."""
+        image = program.image()
+        if len(image) > SIZE - 4096:
+            raise ValueError(f"a program of {len(image)} bytes does not fit into {SIZE}")
+        written = 0
+        while written < len(image):
+            written += os.pwrite(self.memory, image[written:] if written else image, written)
+        self._program = program
+        word = _WORD.pack(0, len(fds))
+        sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, self.ctl)
+        try:
+            if fds:
+                sock.sendmsg([word], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, Struct(f"={len(fds)}i").pack(*fds))])
+            else:
+                sock.send(word)
+        except (BrokenPipeError, ConnectionResetError):
+            raise RemoteGone("the container's init ended unexpectedly") from None
+        finally:
+            sock.detach()
+
+    def wait(self) -> None:
+        """Wait for the answer. Raises RemoteError, or RemoteGone when the process ended or executed a program."""
+        assert self._program is not None
+        answer = b""
+        try:
+            answer = os.read(self.ctl, 8)
+        except ConnectionResetError:
+            pass
+        if len(answer) != 8:
+            raise RemoteGone("the container's init ended unexpectedly")
+        index, error = _ANSWER.unpack(answer)
+        if error:
+            raise RemoteError(error, self._program.what(index), index)
+
+    def run(self, program: Program, fds: Sequence[int] = ()) -> None:
+        """`send` and `wait`."""
+        self.send(program, fds)
+        self.wait()
+
+    def result(self, index: int) -> int:
+        """What operation `index` of the last program returned; negative errno when it failed."""
+        return int(_RESULT.unpack(os.pread(self.memory, 8, index * _OP_SIZE + _RESULT_OFFSET))[0])
+
+    def data(self, offset: int, size: int) -> bytes:
+        """`size` bytes of the last program's data, at an offset from `place`."""
+        assert self._program is not None
+        return os.pread(self.memory, size, self._program._data_base + offset)
+
+
+def results(ops: bytes, count: int) -> Iterable[int]:
+    """The results in a copy of a program's first `count` operations."""
+    for i in range(count):
+        yield int(_RESULT.unpack_from(ops, i * _OP_SIZE + _RESULT_OFFSET)[0])
+
+
+OP_SIZE = _OP_SIZE
+
+
+def channel() -> tuple[int, int, int]:
+    """(our end of the control socket, the remote end, the shared memory), all close-on-exec."""
+    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0)
+    memory = os.memfd_create("boxship-init", os.MFD_CLOEXEC)
+    os.ftruncate(memory, SIZE)
+    return ours, theirs, memory
+
+
+def spawn(exe: int, name: str, stdio: Sequence[int], clone_flags: int = 0) -> Remote:
+    """Start the executor `exe` (an open, sealed copy of it) as a child with the three descriptors `stdio`.
+
+    `clone_flags`: new namespaces, but neither a user namespace (the exec would lose its capabilities before
+    ids are mapped) nor a time namespace (clone(2) cannot).
+    """
+    ours, theirs, memory = channel()
+    try:
+        pid = _sys.spawn(exe, name, [*stdio, theirs, memory], clone_flags)
+    except BaseException:
+        os.close(ours)
+        os.close(memory)
+        raise
+    finally:
+        os.close(theirs)
+    return Remote(pid, ours, memory)
+
+
+def sealed(data: bytes, name: str) -> int:
+    """An executable copy of a program in memory that nobody can change: memfd with all seals (Linux ≥ 3.17).
+
+    MFD_EXEC says so where vm.memfd_noexec asks for it (Linux ≥ 6.3).
+    """
+    import fcntl
+
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        fd = os.memfd_create(name, flags | 0x10)  # MFD_EXEC
+    except OSError:
+        fd = os.memfd_create(name, flags)
+    try:
+        os.write(fd, data)
+        os.fchmod(fd, 0o555)
+        # F_SEAL_EXEC is left out: it is newer than the kernels we serve, and the mode gives nothing away.
+        fcntl.fcntl(fd, 1033, 0xF)  # F_ADD_SEALS: SEAL | SHRINK | GROW | WRITE
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+EXIT = syscalls.EXIT_GROUP
