@@ -1,0 +1,297 @@
+"""The record of a container, and the folder that holds it.
+
+Runs in: the runtime.
+Spec: runtime-spec 1.3.0, runtime.md "State".
+
+    ROOT/                        0700, --root
+      ID/                        0711, made exclusively by create: the name is taken from then on
+        state.json               `Record`, replaced atomically, first written before anything is made in the kernel
+        config.json              the configuration as create read it; the bundle's may change afterwards
+        start.sock               while the container is created and not started: init listens here (see runtime.init)
+        notify/                  the container's side of the notify socket, if any
+
+Lock order: a command that changes a container holds flock(2) on ID/ from before it reads the record until it ends;
+`state`, `list` and `kill` read without, since the record is only ever replaced as a whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from boxship.kit.errors import AlreadyExists, BoxshipError, FailedPrecondition, InvalidArgument, NotFound
+from boxship.kit.files import read_all, write_atomic
+from boxship.oci import text
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from boxship.linux.cgroups import Cgroup
+    from boxship.oci.config import Spec
+    from boxship.runtime.context import Context
+
+CREATING, CREATED, RUNNING, PAUSED, STOPPED = "creating", "created", "running", "paused", "stopped"
+
+_ID_FIRST = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_+-.")
+
+
+class NotRunning(FailedPrecondition):
+    """runc's "container not running"."""
+
+    def __init__(self) -> None:
+        super().__init__("container not running")
+
+
+class DoesNotExist(NotFound):
+    """runc's "container does not exist"."""
+
+    def __init__(self) -> None:
+        super().__init__("container does not exist")
+
+
+def check_id(container_id: str) -> None:
+    """Refuse what is not a container id: letters, digits and "_+-.", neither "." nor ".."."""
+    if not container_id:
+        raise InvalidArgument("container id cannot be empty")
+    if not _ID_FIRST.issuperset(container_id) or container_id in (".", "..") or len(container_id) > 1024:
+        raise InvalidArgument("invalid container ID format")
+
+
+def process_stat(pid: int) -> tuple[str, int]:
+    """(state letter, start time in clock ticks since boot) of a process; ("X", 0) when there is none.
+
+    The start time tells a process from a later one with the same number. Spec: proc_pid_stat(5), fields 3 and 22.
+    """
+    try:
+        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESRCH):
+            return "X", 0
+        raise
+    try:
+        data = os.read(fd, 4096)
+    except ProcessLookupError:
+        return "X", 0
+    finally:
+        os.close(fd)
+    fields = data[data.rindex(b")") + 2 :].split()
+    return fields[0].decode(), int(fields[19])
+
+
+class Container:
+    """A container's record, opened: its folder, and what state.json says.
+
+    Attributes mirror state.json. `fd` is the folder; `locked` whether this command may change it.
+    """
+
+    __slots__ = (
+        "annotations", "bundle", "cgroup", "context", "created", "creating", "fd", "id", "init_failed", "namespaces",
+        "no_pivot", "oci_version", "owner", "path", "pid", "pid_start", "rootfs", "rootless", "spec_data",
+    )
+
+    def __init__(self, context: Context, container_id: str, path: str, fd: int) -> None:
+        self.context = context
+        self.id = container_id
+        self.path = path
+        self.fd = fd
+        self.oci_version = "1.3.0"
+        self.pid = 0
+        self.pid_start = 0
+        self.bundle = ""
+        self.rootfs = ""
+        self.created = ""
+        self.owner = os.geteuid()
+        self.annotations: dict[str, str] = {}
+        self.cgroup: dict[str, object] = {}
+        self.namespaces: dict[str, str] = {}
+        self.creating = True
+        self.rootless = False
+        self.no_pivot = False
+        self.spec_data = b""
+
+    def close(self) -> None:
+        """Release the folder, and with it the lock."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Container:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def save(self) -> None:
+        """Write state.json."""
+        record = {
+            "ociVersion": self.oci_version, "id": self.id, "pid": self.pid, "pidStart": self.pid_start,
+            "bundle": self.bundle, "rootfs": self.rootfs, "created": self.created, "owner": self.owner,
+            "annotations": self.annotations, "cgroup": self.cgroup, "namespaces": self.namespaces,
+            "creating": self.creating, "rootless": self.rootless, "noPivot": self.no_pivot,
+        }
+        write_atomic("state.json", text.dumps(record).encode(), dir_fd=self.fd)
+
+    def load(self) -> None:
+        """Read state.json; a folder without one belonged to a create that was killed at its very start."""
+        try:
+            data = read_all("state.json", dir_fd=self.fd)
+        except FileNotFoundError:
+            return
+        record = text.loads(data, "state.json")
+        if not isinstance(record, dict):
+            raise BoxshipError(f"{self.path}/state.json is damaged: not an object", "delete --force removes it")
+        self.oci_version = record["ociVersion"]
+        self.pid, self.pid_start = record["pid"], record["pidStart"]
+        self.bundle, self.rootfs, self.created = record["bundle"], record["rootfs"], record["created"]
+        self.owner, self.annotations = record["owner"], record["annotations"]
+        self.cgroup, self.namespaces = record["cgroup"], record["namespaces"]
+        self.creating, self.rootless, self.no_pivot = record["creating"], record["rootless"], record["noPivot"]
+
+    def spec(self) -> Spec:
+        """The configuration that the container was created from."""
+        from boxship.oci.config import Spec
+
+        return Spec.decode(text.loads(read_all("config.json", dir_fd=self.fd), "config.json"), "")
+
+    def control_group(self) -> Cgroup | None:
+        """The container's cgroup as create saved it; None when it was created without any."""
+        if not self.cgroup:
+            return None
+        from boxship.linux.cgroups import Cgroup
+
+        return Cgroup.decode(self.cgroup)
+
+    def alive(self) -> bool:
+        """Whether init, that very process and not a later one of its number, is there and no zombie."""
+        if not self.pid:
+            return False
+        letter, start = process_stat(self.pid)
+        return start == self.pid_start and letter not in ("Z", "X")
+
+    def status(self) -> str:
+        """The spec's status of this moment, or "paused"."""
+        if not self.alive():
+            return CREATING if self.creating and self.locked_by_other() else STOPPED
+        if self.creating:
+            return CREATING if self.locked_by_other() else STOPPED
+        if self.waits_for_start():
+            status = CREATED
+        else:
+            status = RUNNING
+        cgroup = self.control_group()
+        if cgroup is not None and cgroup.frozen():
+            return PAUSED
+        return status
+
+    def waits_for_start(self) -> bool:
+        """Whether init still listens for `start`."""
+        try:
+            os.stat("start.sock", dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def locked_by_other(self) -> bool:
+        """Whether another command is at work on this container now."""
+        import fcntl
+
+        probe = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
+        try:
+            fcntl.flock(probe, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(probe)
+        return False
+
+    def describe(self, status: str | None = None) -> dict[str, object]:
+        """The `state` command's object, with runc's keys."""
+        status = status or self.status()
+        return {
+            "ociVersion": self.oci_version, "id": self.id, "pid": 0 if status == STOPPED else self.pid, "status": status,
+            "bundle": self.bundle, "rootfs": self.rootfs, "created": self.created,
+            **({"annotations": self.annotations} if self.annotations else {}), "owner": "",
+        }
+
+    def hook_state(self, status: str, pid: int | None = None) -> bytes:
+        """The spec's state as hooks read it on standard input."""
+        state: dict[str, object] = {"ociVersion": self.oci_version, "id": self.id, "status": status}
+        pid = self.pid if pid is None else pid
+        if pid and status != STOPPED:
+            state["pid"] = pid
+        state["bundle"] = self.bundle
+        if self.annotations:
+            state["annotations"] = self.annotations
+        return text.dumps(state).encode()
+
+
+def _lock(fd: int) -> None:
+    import fcntl
+
+    fcntl.flock(fd, fcntl.LOCK_EX)
+
+
+def make(context: Context, container_id: str) -> Container:
+    """Take the id: make its folder and lock it. Raises AlreadyExists."""
+    check_id(container_id)
+    path = os.path.join(context.root, container_id)
+    for attempt in (0, 1):
+        try:
+            os.mkdir(path, 0o711)
+            break
+        except FileExistsError:
+            raise AlreadyExists("container with given ID already exists") from None
+        except FileNotFoundError:
+            if attempt:
+                raise
+            os.makedirs(context.root, 0o700, exist_ok=True)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    _lock(fd)
+    return Container(context, container_id, path, fd)
+
+
+def open_container(context: Context, container_id: str, *, lock: bool = False) -> Container:
+    """The container of that id; with `lock`, after every other command on it has ended. Raises DoesNotExist."""
+    check_id(container_id)
+    path = os.path.join(context.root, container_id)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DoesNotExist from None
+    container = Container(context, container_id, path, fd)
+    try:
+        if lock:
+            _lock(fd)
+            if os.fstat(fd).st_nlink == 0:
+                raise DoesNotExist  # deleted while we waited
+        container.load()
+    except BaseException:
+        container.close()
+        raise
+    return container
+
+
+def discard(container: Container) -> None:
+    """Remove the folder: the id is free again. What it describes must be gone before."""
+    for folder in ("notify", ""):
+        path = f"{container.path}/{folder}" if folder else container.path
+        try:
+            names = os.listdir(path)
+        except FileNotFoundError:
+            continue
+        for name in names:
+            if name == "notify":
+                continue
+            os.unlink(f"{path}/{name}")
+        if folder:
+            os.rmdir(path)
+    # state.json went with the rest, so a kill between here and there leaves an empty folder that delete --force takes.
+    os.rmdir(container.path)
+
+
+def identifiers(context: Context) -> list[str]:
+    """The ids of all containers below the root, sorted; none when the root is not there."""
+    try:
+        names = os.listdir(context.root)
+    except FileNotFoundError:
+        return []
+    return sorted(name for name in names if _ID_FIRST.issuperset(name) and os.path.isdir(f"{context.root}/{name}"))
