@@ -17,8 +17,8 @@
 #define AREA ((uint8_t *)0x200000000000)
 #define AREA_SIZE (16UL << 20)
 
-/* Pseudo calls. END and FORK are what a straight line of system calls cannot say; STORE puts a register into memory. */
-enum { END = 0x10000, FORK, STORE };
+/* Pseudo calls: what a straight line of system calls cannot say. */
+enum { END = 0x10000, FORK, STORE, LOAD, EXPECT };
 enum { REG_CTL = 1, REG_RECEIVED = 64, REGS = 512 };
 
 struct op {
@@ -100,6 +100,13 @@ static void run(uint32_t index)
 			*(int32_t *)a[0] = (int32_t)a[1];
 			ret = 0;
 			break;
+		case LOAD:
+			ret = *(uint32_t *)a[0] & (uint32_t)a[1];
+			break;
+		case EXPECT:
+			/* args: address, mask, value, whether it must differ, the error to fail with */
+			ret = ((*(uint32_t *)a[0] & (uint32_t)a[1]) == (uint32_t)a[2]) != !a[3] ? -a[4] : 0;
+			break;
 		case FORK:
 			/* args: flags, whether the child goes on as the process that answers. The child follows, the
 			 * parent takes on_ok. Without CLONE_VM no stack is needed: both keep a copy of this one. */
@@ -154,8 +161,8 @@ static uint32_t receive(void)
 __attribute__((used)) void serve(void)
 {
 	/* Low numbers belong to the container; the socket goes up, and closes at exec. */
-	long ctl = call(NR_fcntl, 3, F_DUPFD_CLOEXEC_, 100, 0, 0, 0);
-	if (ctl == -EINVAL_)  /* a limit below 100 open files */
+	long ctl = call(NR_fcntl, 3, F_DUPFD_CLOEXEC_, 1000, 0, 0, 0);
+	if (ctl == -EINVAL_)  /* a limit below 1000 open files */
 		ctl = call(NR_fcntl, 3, F_DUPFD_CLOEXEC_, 5, 0, 0, 0);
 	regs[REG_CTL] = ctl;
 	/* PROT_READ|PROT_WRITE, MAP_SHARED|MAP_FIXED_NOREPLACE: programs hold absolute addresses. */

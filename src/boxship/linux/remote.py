@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import os
 from _struct import Struct
+from sys import byteorder as _ORDER
 
 import _socket
 
@@ -43,7 +44,8 @@ _ANSWER = Struct("=Ii")
 _OP_SIZE = 72
 _RESULT_OFFSET = 16
 
-_END, _FORK, _STORE = 0x10000, 0x10001, 0x10002
+_END, _FORK, _STORE, _LOAD, _EXPECT = 0x10000, 0x10001, 0x10002, 0x10003, 0x10004
+_ASIDE = 0xFFFFFFFE
 _MASK = (1 << 64) - 1
 _FREE_REGISTER, _RECEIVED = 2, 64
 
@@ -80,7 +82,10 @@ class Label:
 
 
 class RemoteError(OSError):
-    """A system call failed in the remote process; `what` is the description that the program gave to it."""
+    """A system call failed in the remote process; `what` is the description that the program gave to it.
+
+    A description that begins with "!" is the whole message: the errno would only puzzle.
+    """
 
     def __init__(self, error: int, what: str, index: int) -> None:
         super().__init__(error, os.strerror(error))
@@ -88,6 +93,8 @@ class RemoteError(OSError):
         self.index = index
 
     def __str__(self) -> str:
+        if self.what.startswith("!"):
+            return self.what[1:]
         return f"{self.what}: {(self.strerror or '').lower()}"
 
 
@@ -218,6 +225,42 @@ class Program:
         self.point(index, 0, index_offset)
         return index
 
+    def load(self, offset: int, dst: Reg, mask: int = 0xFFFFFFFF) -> None:
+        """Put 32 bits at an offset from `place` into a register."""
+        self.point(self.call(_LOAD, 0, mask, dst=dst), 0, offset)
+
+    def expect(
+        self, offset: int, value: int, *, mask: int = 0xFFFFFFFF, differs: bool = False, error: int, what: str = "",
+        on_err: int | Label = 0,
+    ) -> None:
+        """Fail with errno `error` unless the 32 bits at `offset`, masked, equal (or `differs`: do not equal) `value`."""
+        self.point(self.call(_EXPECT, 0, mask, value, int(differs), error, what=what, on_err=on_err), 0, offset)
+
+    def send_descriptor(self, fd: Reg, what: str) -> None:
+        """Send `fd` to the runtime over the control socket; it appears in `Remote.descriptors`."""
+        header = self.place(bytes(56))
+        vector = self.place(bytes(8) + (1).to_bytes(8, _ORDER))
+        control = self.place(Struct("=QiiiI").pack(20, 1, 1, 0, 0))  # SOL_SOCKET, SCM_RIGHTS
+        byte = self.place(b"F")
+        self.embed(vector, byte)
+        self.embed(header + 16, vector)
+        self.embed(header + 32, control)
+        self._data[header + 24] = 1
+        self._data[header + 40] = 24
+        self.store(control + 16, fd)
+        self.point(self.call(syscalls.SENDMSG, CTL, 0, 0x4000, what=what), 1, header)  # MSG_NOSIGNAL
+
+    def hand_over(self, fd: Reg, channel: Reg, on_err: int | Label) -> None:
+        """Tell the number of `fd` over `channel` and wait until the other side has fetched it with pidfd_getfd(2).
+
+        Only write(2) and read(2): the descriptor may be the listener of a filter that stops all else.
+        """
+        word = self.place(_WORD.pack(_ASIDE, 0))
+        self.store(word + 4, fd)
+        self.point(self.call(syscalls.WRITE, channel, 0, 8, what="handing over the seccomp listener", on_err=on_err), 1, word)
+        self.point(self.call(syscalls.READ, channel, 0, 8, what="waiting for the seccomp agent", on_err=on_err), 1, word)
+        self.call(syscalls.CLOSE, fd, on_err=NEXT)
+
     def image(self, base: int = 0) -> bytes:
         """The bytes to put at offset `base` of the shared memory."""
         ops = self._ops
@@ -244,25 +287,31 @@ class Program:
 
 
 _kept = 400
-from sys import byteorder as _ORDER  # noqa: E402
 
 
 class Remote:
-    """A process that performs programs. Owns its control socket and its mapping of the shared memory."""
+    """A process that performs programs. Owns its control socket and its mapping of the shared memory.
+
+    `descriptors` are those that the remote process sent back, in order; whoever takes one owns it.
+    """
 
     def __init__(self, pid: int, ctl: int, memory: int) -> None:
         """Takes the descriptors `ctl` and `memory`."""
         self.pid = pid
-        self.ctl = ctl
+        self.ctl = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, ctl)
         self.memory = memory
+        self.descriptors: list[int] = []
         self._program: Program | None = None
 
     def close(self) -> None:
         """Let go: a remote process that waits for a program exits."""
-        if self.ctl >= 0:
-            os.close(self.ctl)
+        self.ctl.close()
+        if self.memory >= 0:
             os.close(self.memory)
-            self.ctl = self.memory = -1
+            self.memory = -1
+        for fd in self.descriptors:
+            os.close(fd)
+        self.descriptors = []
 
     def send(self, program: Program, fds: Sequence[int] = ()) -> None:
         """Start `program` without waiting for its answer; `fds` arrive in the registers `received(0)` and following."""
@@ -274,35 +323,47 @@ class Remote:
             written += os.pwrite(self.memory, image[written:] if written else image, written)
         self._program = program
         word = _WORD.pack(0, len(fds))
-        sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, self.ctl)
         try:
             if fds:
-                sock.sendmsg([word], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, Struct(f"={len(fds)}i").pack(*fds))])
+                rights = Struct(f"={len(fds)}i").pack(*fds)
+                self.ctl.sendmsg([word], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
             else:
-                sock.send(word)
+                self.ctl.send(word)
         except (BrokenPipeError, ConnectionResetError):
             raise RemoteGone("the container's init ended unexpectedly") from None
-        finally:
-            sock.detach()
 
-    def wait(self) -> None:
-        """Wait for the answer. Raises RemoteError, or RemoteGone when the process ended or executed a program."""
+    def wait(self) -> int:
+        """Wait for the answer: the index of the END that was reached, or ~fd for `Program.hand_over`.
+
+        Raises RemoteError, or RemoteGone when the process ended or executed a program.
+        """
         assert self._program is not None
-        answer = b""
-        try:
-            answer = os.read(self.ctl, 8)
-        except ConnectionResetError:
-            pass
-        if len(answer) != 8:
-            raise RemoteGone("the container's init ended unexpectedly")
-        index, error = _ANSWER.unpack(answer)
-        if error:
-            raise RemoteError(error, self._program.what(index), index)
+        while True:
+            try:
+                message, ancillary, _, _ = self.ctl.recvmsg(8, 32, _socket.MSG_CMSG_CLOEXEC)
+            except ConnectionResetError:
+                message, ancillary = b"", []
+            for _, _, data in ancillary:
+                self.descriptors.append(int.from_bytes(data[:4], _ORDER))
+            if len(message) == 1:
+                continue
+            if len(message) != 8:
+                raise RemoteGone("the container's init ended unexpectedly")
+            index, error = _ANSWER.unpack(message)
+            if index == _ASIDE:
+                return ~error
+            if error:
+                raise RemoteError(error, self._program.what(index), index)
+            return int(index)
 
-    def run(self, program: Program, fds: Sequence[int] = ()) -> None:
+    def run(self, program: Program, fds: Sequence[int] = ()) -> int:
         """`send` and `wait`."""
         self.send(program, fds)
-        self.wait()
+        return self.wait()
+
+    def fetched(self) -> None:
+        """Let a process go on that waits in `Program.hand_over`."""
+        self.ctl.send(_WORD.pack(0, 0))
 
     def result(self, index: int) -> int:
         """What operation `index` of the last program returned; negative errno when it failed."""
@@ -328,7 +389,7 @@ def channel() -> tuple[int, int, int]:
     ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0)
     memory = os.memfd_create("boxship-init", os.MFD_CLOEXEC)
     os.ftruncate(memory, SIZE)
-    return ours, theirs, memory
+    return ours.detach(), theirs.detach(), memory
 
 
 def spawn(exe: int, name: str, stdio: Sequence[int], clone_flags: int = 0) -> Remote:
