@@ -1,1 +1,1 @@
-"""The OCI specifications as types: runtime config, state and features, image config, manifest and index; no I/O."""
+"""The OCI specifications as types: runtime config, image config, manifest, index and reference; no I/O."""
