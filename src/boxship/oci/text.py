@@ -1,6 +1,6 @@
 """JSON text in and out: the C scanner and encoder of the interpreter, without the packages around them.
 
-Runs in: every process of the thin set, where `import json` would cost more than all the parsing (it pulls in re).
+Runs in: every process of the thin set, where `import json` would cost more than all parsing (it pulls in re).
 Spec: RFC 8259. What is read is stricter than Python's json: no NaN or Infinity, no number that overflows,
 nothing after the value, at most `MAX_DEPTH` levels. What is written is what Go's encoding/json writes.
 Not here: the shape of documents (`boxship.oci.struct`), limits on their size (whoever reads the file).
@@ -69,7 +69,7 @@ def loads(data: bytes | str, name: str) -> object:
         try:
             value, end = _scan(text, start)
         except SystemError:
-            # The scanner raises json.decoder's exception, and before Python 3.12 does not import it by itself.
+            # The scanner raises json.decoder's exception, which before Python 3.12 it does not import itself.
             __import__("json.decoder")
             value, end = _scan(text, start)
     except StopIteration as stop:
@@ -83,7 +83,7 @@ def loads(data: bytes | str, name: str) -> object:
         where = _find_bare(text, start, literal)
         raise _error(name, text, where, f"{literal[:40]} is not a number in JSON") from None
     except ValueError as error:
-        # json.decoder.JSONDecodeError, or what int() says to a number of more than sys.get_int_max_str_digits()
+        # json.decoder.JSONDecodeError, or int() on a number that is longer than sys.get_int_max_str_digits()
         where = getattr(error, "pos", -1)
         if where < 0:
             raise _error(name, text, _find_digits(text, start), "a number with too many digits") from None
@@ -198,7 +198,7 @@ def dumps(obj: object, indent: int | str | None = None) -> str:
     """The JSON text of `obj`, byte for byte as Go's encoding/json writes it; no newline at the end.
 
     `indent` as in Go's MarshalIndent: a string, or a number of spaces; None is compact. `<`, `>` and `&` are
-    escaped, as Go does for the sake of HTML, and what is not Unicode in a string (a file name) becomes U+FFFD.
+    escaped, as Go does for the sake of HTML; what is not Unicode in a string (a file name) becomes U+FFFD.
     Raises TypeError for what JSON has no value for, ValueError for NaN and infinity.
     """
     if indent is None:
