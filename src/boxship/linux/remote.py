@@ -44,7 +44,7 @@ _ANSWER = Struct("=Ii")
 _OP_SIZE = 72
 _RESULT_OFFSET = 16
 
-_END, _FORK, _STORE, _LOAD, _EXPECT = 0x10000, 0x10001, 0x10002, 0x10003, 0x10004
+_END, _FORK, _STORE, _LOAD, _EXPECT, _SET, _ANSWER_NOW = 0x10000, 0x10001, 0x10002, 0x10003, 0x10004, 0x10005, 0x10006
 _ASIDE = 0xFFFFFFFE
 _MASK = (1 << 64) - 1
 _FREE_REGISTER, _RECEIVED = 2, 64
@@ -205,19 +205,29 @@ class Program:
         """Answer success and wait for the next program."""
         return self.call(_END)
 
+    def answer(self) -> int:
+        """Answer success, and go on all the same: what follows happens when the runtime is gone."""
+        return self.call(_ANSWER_NOW)
+
     def jump(self, label: Label) -> None:
         """Go on at `label`."""
-        self.call(_STORE, self._scratch(), 0, on_ok=label)
+        self.call(_SET, 0, on_ok=label)
 
-    def _scratch(self) -> int:
-        return BASE + SIZE - 8
+    def set(self, register: Reg, value: int | str | Reg) -> None:
+        """Put a number, or the address of a string, into a register."""
+        self.call(_SET, value, dst=register)
 
     def fork(self, flags: int, *, parent: Label, takes_over: bool, what: str) -> int:
         """clone(2) with `flags`: the child goes on with the next operation, the parent at `parent`.
 
         With `takes_over` the child answers from now on; otherwise it is a helper that ends with an exit or an exec.
+        Returns the offset (for `Remote.data`) of the child's pid, 32 bits, as the parent's pid namespace counts: there
+        before the child runs, which the operation's result need not be.
         """
-        return self.call(_FORK, flags, 1 if takes_over else 0, on_ok=parent, what=what)
+        pid = self.place(bytes(4))
+        index = self.call(_FORK, flags | 0x00100000, 1 if takes_over else 0, 0, on_ok=parent, what=what)  # PARENT_SETTID
+        self.point(index, 2, pid)
+        return pid
 
     def store(self, index_offset: int, value: Reg | int) -> int:
         """Write a register as 32 bits at an offset from `place`, e.g. a descriptor number into a control message."""
@@ -235,6 +245,10 @@ class Program:
     ) -> None:
         """Fail with errno `error` unless the 32 bits at `offset`, masked, equal (or `differs`: do not equal) `value`."""
         self.point(self.call(_EXPECT, 0, mask, value, int(differs), error, what=what, on_err=on_err), 0, offset)
+
+    def fail(self, error: int, what: str) -> None:
+        """Stop here with an error: where the branches that found nothing come together."""
+        self.expect(self.place(bytes(4)), 1, error=error, what=what)
 
     def send_descriptor(self, fd: Reg, what: str) -> None:
         """Send `fd` to the runtime over the control socket; it appears in `Remote.descriptors`."""
@@ -364,6 +378,18 @@ class Remote:
     def fetched(self) -> None:
         """Let a process go on that waits in `Program.hand_over`."""
         self.ctl.send(_WORD.pack(0, 0))
+
+    def release(self) -> None:
+        """Let a process go on that waits for the word to start; returns when it executed its program.
+
+        Raises RemoteError when it could not.
+        """
+        self.fetched()
+        try:
+            self.wait()
+        except RemoteGone:
+            return
+        raise RemoteGone("the container's init came back instead of executing its program")
 
     def result(self, index: int) -> int:
         """What operation `index` of the last program returned; negative errno when it failed."""

@@ -25,6 +25,7 @@ class Context:
 
     Attributes:
         root: folder that holds one folder of state per container.
+        no_cgroups: whether containers made now stay in the caller's cgroups (podman's --cgroups=disabled).
         systemd_cgroup: whether containers made now are put into systemd scopes.
         rootless: whether cgroup errors for want of permission are forgiven; None decides by the effective uid.
         log: called with a level and a message.
@@ -32,7 +33,7 @@ class Context:
         environ, cwd: of the caller, which need not be those of this process.
     """
 
-    __slots__ = ("cwd", "environ", "log", "parent", "root", "rootless", "systemd_cgroup")
+    __slots__ = ("cwd", "environ", "log", "no_cgroups", "parent", "root", "rootless", "systemd_cgroup")
 
     def __init__(
         self, root: str = "", *, parent: Parent | None = None, systemd_cgroup: bool = False, rootless: bool | None = None,
@@ -44,6 +45,7 @@ class Context:
         if not self.root.startswith("/"):
             self.root = os.path.join(self.cwd, self.root)
         self.systemd_cgroup = systemd_cgroup
+        self.no_cgroups = False
         self.rootless = os.geteuid() != 0 if rootless is None else rootless
         self.log = log
         if parent is None:

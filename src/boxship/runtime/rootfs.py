@@ -58,8 +58,8 @@ class Source:
     Attributes:
         path: absolute path on the host.
         is_dir: decides what a missing target is made as.
-        received: the descriptor of a detached mount that the runtime made, with its attributes set; None when init
-            opens the path itself.
+        received: which of the descriptors sent along is the detached mount that the runtime made; None when init opens
+            the path itself.
         is_proc: whether it lies in a procfs.
     """
 
@@ -172,7 +172,7 @@ class Rootfs:
             p.context, context = "", p.context
             self.make_directories(path, context + "make mountpoint", target, strict=complaint)
             p.context = context
-            self._attach(self.new_filesystem(fstype, mount.source or fstype, options), target, options)
+            self.attach(self.new_filesystem(fstype, mount.source or fstype, options), target, options)
         else:
             self._other(path, fstype, mount.source or fstype, options)
         p.context = ""
@@ -228,7 +228,8 @@ class Rootfs:
             self.close(handle)
         return mounted
 
-    def _attach(self, mounted: Reg, target: Reg, options: mounts.Options) -> None:
+    def attach(self, mounted: Reg, target: Reg, options: mounts.Options) -> None:
+        """Put a detached mount onto an opened mount point, give it its propagation, and close both."""
         p = self.p
         p.call(
             sc.MOVE_MOUNT, mounted, "", target, "", m.MOVE_MOUNT_F_EMPTY_PATH | m.MOVE_MOUNT_T_EMPTY_PATH, what="move_mount"
@@ -256,12 +257,12 @@ class Rootfs:
         if fstype != "tmpfs" or any(key == "mode" for key, _ in mounts.split_data(options.data)):
             target = self.target(path, "create mountpoint", is_dir=True)
             self._not_in_proc(path, target)
-            self._attach(self.new_filesystem(fstype, source, options), target, options)
+            self.attach(self.new_filesystem(fstype, source, options), target, options)
             return
         # A tmpfs over a directory that was there keeps that directory's permissions.
         found, done = Label(), Label()
         target = self.target(path, "create mountpoint", is_dir=True, found=found)
-        self._attach(self.new_filesystem(fstype, source, options), target, options)
+        self.attach(self.new_filesystem(fstype, source, options), target, options)
         p.jump(done)
         p.mark(found)
         self._not_in_proc(path, target)
@@ -269,7 +270,7 @@ class Rootfs:
         p.point(p.call(sc.STATX, target, "", m.AT_EMPTY_PATH, _STATX_BASIC, 0, what="stat mountpoint"), 4, buffer)
         mode = p.new()
         p.load(buffer + _STATX_MODE, mode, 0o7777)
-        self._attach(self.new_filesystem(fstype, source, options, mode), target, options)
+        self.attach(self.new_filesystem(fstype, source, options, mode), target, options)
         p.mark(done)
 
     def _bind(self, path: str, options: mounts.Options, source: Source) -> None:
@@ -287,9 +288,8 @@ class Rootfs:
             )
         target = self.target(path, "create mountpoint", is_dir=source.is_dir)
         self._not_in_proc(path, target)
-        if source.received is None:
-            self._bind_flags(mounted, options)
-        self._attach(mounted, target, options)
+        self._bind_flags(mounted, options)
+        self.attach(mounted, target, options)
 
     def _bind_flags(self, mounted: Reg, options: mounts.Options) -> None:
         # With any option at all the flags are those asked for and no others, as `mount --bind -o …` has it; without one
@@ -347,12 +347,14 @@ class Rootfs:
                 flags = m.OPEN_TREE_CLONE | m.OPEN_TREE_CLOEXEC | m.AT_RECURSIVE
                 p.call(sc.OPEN_TREE, m.AT_FDCWD, directory, flags, dst=mounted, what=f"open source {directory}")
                 self._bind_flags(mounted, options)
-            self._attach(mounted, target, entry)
+            self.attach(mounted, target, entry)
             if "," in name:
                 folder = self.open(path, m.O_PATH | m.O_DIRECTORY, "open mountpoint")
                 for alias in name.split(","):
                     p.call(sc.SYMLINKAT, name, folder, alias, what=f"link {alias}", on_err=NEXT)
                 self.close(folder)
+        if options.flags & m.MS_RDONLY:
+            self.read_only(mount.destination)
         p.context = ""
 
     def cgroup_v2(self, mount: Mount, options: mounts.Options, fallback: str) -> None:
@@ -376,7 +378,7 @@ class Rootfs:
         self._bind_flags(mounted, options)
         p.mark(done)
         self.close(context)
-        self._attach(mounted, target, options)
+        self.attach(mounted, target, options)
         p.context = ""
 
     # --- /dev ----------------------------------------------------------------------------------------------------
@@ -466,7 +468,13 @@ class Rootfs:
             done, plain, put = Label(), Label(), Label()
             how = mounts.open_how(m.O_PATH | m.O_DIRECTORY, 0, _RESOLVE)
             p.call(sc.OPENAT2, self.root, path or ".", how, 24, dst=target, on_err=plain)
-            p.call(sc.OPEN_TREE, cover, "", clone, dst=copy, what="copy mask", on_ok=put)
+            p.call(sc.OPEN_TREE, cover, "", clone, dst=copy, on_ok=put, on_err=NEXT)
+            # Before Linux 6.15 a detached mount cannot be copied: then each mask is a file system of its own.
+            own = self.new_filesystem("tmpfs", "tmpfs", options)
+            self.set_attributes(own, what="read-only", attr_set=m.MOUNT_ATTR_RDONLY)
+            p.call(sc.FCNTL, own, 1030, 3, dst=copy, what="dup")
+            self.close(own)
+            p.jump(put)
             p.mark(plain)
             # Not a directory, or not there: only the second open tells.
             p.call(sc.OPENAT2, self.root, path, mounts.open_how(m.O_PATH, 0, _RESOLVE), 24, dst=target, on_err=done)

@@ -7,7 +7,8 @@ Spec: runtime-spec 1.3.0, runtime.md "State".
       ID/                        0711, made exclusively by create: the name is taken from then on
         state.json               `Record`, replaced atomically, first written before anything is made in the kernel
         config.json              the configuration as create read it; the bundle's may change afterwards
-        start.sock               while the container is created and not started: init listens here (see runtime.init)
+        exec.fifo, error.fifo    while the container is created and not started: `start` writes to one, reads the other
+        start.json               what the last operations of init are called, for `start` to say which one failed
         notify/                  the container's side of the notify socket, if any
 
 Lock order: a command that changes a container holds flock(2) on ID/ from before it reads the record until it ends;
@@ -84,8 +85,8 @@ class Container:
     """
 
     __slots__ = (
-        "annotations", "bundle", "cgroup", "context", "created", "creating", "fd", "id", "init_failed", "namespaces",
-        "no_pivot", "oci_version", "owner", "path", "pid", "pid_start", "rootfs", "rootless", "spec_data",
+        "annotations", "bundle", "cgroup", "context", "created", "creating", "fd", "id", "namespaces", "no_pivot",
+        "oci_version", "owner", "path", "pid", "pid_start", "rootfs", "rootless",
     )
 
     def __init__(self, context: Context, container_id: str, path: str, fd: int) -> None:
@@ -106,7 +107,6 @@ class Container:
         self.creating = True
         self.rootless = False
         self.no_pivot = False
-        self.spec_data = b""
 
     def close(self) -> None:
         """Release the folder, and with it the lock."""
@@ -119,6 +119,20 @@ class Container:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def unlock(self) -> None:
+        """Let other commands change the container again."""
+        import fcntl
+
+        fcntl.flock(self.fd, fcntl.LOCK_UN)
+
+    def has_pid_namespace(self) -> bool:
+        """Whether it is in a pid namespace of its own, where the end of init is the end of all."""
+        try:
+            return os.stat(f"/proc/{self.pid}/ns/pid").st_ino != os.stat("/proc/self/ns/pid").st_ino
+        except FileNotFoundError:
+            linux = self.spec().linux
+            return linux is not None and any(ns.type == "pid" for ns in linux.namespaces)
 
     def save(self) -> None:
         """Write state.json."""
@@ -183,9 +197,9 @@ class Container:
         return status
 
     def waits_for_start(self) -> bool:
-        """Whether init still listens for `start`."""
+        """Whether init still waits for `start`."""
         try:
-            os.stat("start.sock", dir_fd=self.fd, follow_symlinks=False)
+            os.stat("exec.fifo", dir_fd=self.fd, follow_symlinks=False)
         except FileNotFoundError:
             return False
         return True

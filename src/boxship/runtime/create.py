@@ -1,0 +1,487 @@
+"""create: from a bundle to a container whose init waits for the word to start.
+
+Runs in: the runtime.
+Spec: runtime-spec 1.3.0, runtime.md "Create" and "Lifecycle", steps 1 to 5.
+
+The order protects from being killed at any step: the record is written before anything is made in the kernel, and says
+where the cgroup is; init ends by itself when the runtime is gone; so `delete --force` always finds what to remove.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from boxship.abi.namespace import FILES
+from boxship.kit import failpoint
+from boxship.kit.errors import BoxshipError, FailedPrecondition, InvalidArgument
+from boxship.kit.files import read_all, write_atomic
+from boxship.linux import namespaces
+from boxship.linux.cgroups import Cgroup
+from boxship.linux.remote import RemoteError, RemoteGone
+from boxship.oci import text
+from boxship.oci.config import Spec
+from boxship.runtime import hooks, state
+from boxship.runtime.executor import executor
+from boxship.runtime.init import Story
+from boxship.runtime.options import CreateOptions
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from boxship.runtime.context import Context
+    from boxship.runtime.state import Container
+
+SPEC_LIMIT = 64 << 20
+_LISTENER_TIMEOUT_S = 10.0
+
+
+def load_spec(context: Context, bundle: str) -> tuple[Spec, bytes]:
+    """The configuration of a bundle, decoded and checked, and its bytes. Raises InvalidArgument, NotFound."""
+    path = os.path.join(bundle, "config.json")
+    try:
+        data = read_all(path, SPEC_LIMIT)
+    except FileNotFoundError:
+        raise InvalidArgument(f"JSON specification file {path} not found") from None
+    except OSError as error:
+        raise InvalidArgument(f"cannot read {path}: {(error.strerror or '').lower()}") from None
+    return Spec.decode(text.loads(data, path), ""), data
+
+
+def create(
+    context: Context, container_id: str, bundle: str, options: CreateOptions | None = None, *, spec: dict[str, object] | None = None
+) -> Container:
+    """Make the container; its init waits. `spec` stands in for the bundle's config.json.
+
+    Raises BoxshipError; then nothing is left of it.
+    """
+    options = options or CreateOptions()
+    made = prepare(context, container_id, bundle, options, spec)
+    try:
+        check_terminal(made.spec, options, detach=True)
+        made.tell(waits=True)
+    except BaseException as error:
+        made.undo()
+        raise explain(made.story, error) from error
+    return made.container
+
+
+def check_terminal(spec: Spec, options: CreateOptions, *, detach: bool) -> None:
+    """Somebody has to hold a terminal's other side. Raises InvalidArgument."""
+    terminal = bool(spec.process and spec.process.terminal)
+    if detach and terminal and not options.console_socket:
+        raise InvalidArgument("cannot allocate tty if runc will detach without setting console socket")
+    if (not detach or not terminal) and options.console_socket:
+        raise InvalidArgument("cannot use console socket if runc will not detach or allocate tty")
+
+
+class Creation:
+    """A container on its way: the record, and the story that is being told."""
+
+    def __init__(self, context: Context, container: Container, spec: Spec, options: CreateOptions) -> None:
+        self.context = context
+        self.container = container
+        self.spec = spec
+        self.options = options
+        self.cgroup: Cgroup | None = None
+        self.terminal = -1
+        self.story: Story | None = None
+        self.made_cgroup = False
+
+    def tell(self, *, waits: bool) -> None:
+        """Everything up to the moment at which init waits: for `start` (`waits`), or for the parent's word."""
+        container, spec, context = self.container, self.spec, self.context
+        story = self.story
+        assert story is not None and spec.process is not None
+        process = spec.process
+        self._make_cgroup(story)
+        failpoint.hit("create.cgroup")
+        story.on_pid = self._born
+        story.executor = executor()
+        if waits:
+            self._make_fifos(story)
+        story.be_born(story.executor)
+        failpoint.hit("create.born")
+        if self.cgroup is not None and self.cgroup.needs_pid:
+            self.cgroup.add(story.remote.pid)
+            self.cgroup.apply(self.limits)
+        story.enter()
+        story.keep_fifos()
+        self._move_devices_and_finish_namespaces(story)
+        story.make_file_system()
+        if self._has_runtime_hooks():
+            story.perform()
+            self._runtime_hooks()
+        story.change_root()
+        if process.terminal:
+            story.open_terminal(mount="mount" in story.new)
+        story.close_file_system()
+        story.look_up_home()
+        story.go()
+        # While init is at it: limits of the process, from outside where that takes privilege.
+        take_attributes(context, spec, story)
+        story.done()
+        story.complete_environment()
+        failpoint.hit("create.root")
+        if process.terminal:
+            self.terminal = story.remote.descriptors.pop()
+            self.terminal = hand_terminal(self.options, self.terminal)
+        tell_identity(story, start_hooks=spec.hooks.start_container if spec.hooks else [])
+        story.go()
+        failpoint.hit("create.ready")
+        self._settle(story, waits=waits)
+        failpoint.hit("create.done")
+
+    # --- before init ---------------------------------------------------------------------------------------------
+
+    def _make_cgroup(self, story: Story) -> None:
+        linux = self.spec.linux
+        cgroup = self.cgroup
+        if cgroup is None:
+            return
+        from boxship.runtime.resources import limits as limits_of
+
+        nodes = [device.path for device in linux.devices] if linux else []
+        limits = limits_of(linux.resources if linux else None, node_paths=nodes)
+        self.made_cgroup = True
+        cgroup.create(limits)
+        if cgroup.needs_pid:
+            # systemd makes the scope around a process: init joins while it has not begun yet.
+            self.limits = limits
+        else:
+            story.join_cgroups = cgroup.join_fds()
+
+    def _make_fifos(self, story: Story) -> None:
+        folder = self.container.path
+        for name in ("exec.fifo", "error.fifo"):
+            os.mkfifo(f"{folder}/{name}", 0o600)
+        # Both for reading and writing, so that neither open waits for its other side.
+        story.exec_fifo = os.open(f"{folder}/exec.fifo", os.O_RDWR | os.O_CLOEXEC)
+        story.error_fifo = os.open(f"{folder}/error.fifo", os.O_RDWR | os.O_CLOEXEC)
+
+    def _born(self, pid: int) -> None:
+        """Write down who init is, at once: from now on there is a process to clean up."""
+        self.container.pid = pid
+        self.container.pid_start = state.process_stat(pid)[1]
+        self.container.save()
+
+    # --- beside init ---------------------------------------------------------------------------------------------
+
+    def _move_devices_and_finish_namespaces(self, story: Story) -> None:
+        linux = self.spec.linux
+        if linux and linux.net_devices:
+            from boxship.linux.netdevice import move
+
+            story.perform()
+            fd = os.open(f"/proc/{story.remote.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                for name, device in linux.net_devices.items():
+                    move(name, fd, device.name or name)
+            finally:
+                os.close(fd)
+
+    def _has_runtime_hooks(self) -> bool:
+        h = self.spec.hooks
+        return bool(h and (h.prestart or h.create_runtime))
+
+    def _runtime_hooks(self) -> None:
+        h = self.spec.hooks
+        assert h is not None
+        data = self.container.hook_state(state.CREATING)
+        hooks.run_hooks("prestart", h.prestart, data)
+        hooks.run_hooks("createRuntime", h.create_runtime, data)
+
+    def _settle(self, story: Story, *, waits: bool) -> None:
+        container = self.container
+        wait_ready(story)
+        if waits:
+            texts = {str(i): what for i, what in enumerate(story.p.descriptions) if i > story.ready and what}
+            write_atomic("start.json", text.dumps(texts).encode(), dir_fd=container.fd)
+        container.namespaces = {
+            kind: f"/proc/{container.pid}/ns/{name}" for kind, name in FILES.items()
+        }
+        container.creating = False
+        container.save()
+        announce(self.context, self.options, container.pid, b"standard")
+        if waits:
+            story.remote.close()
+        self.close_fds()
+
+    def close_fds(self) -> None:
+        """Close what was only needed for the telling."""
+        story = self.story
+        if story is not None:
+            story.close_fds()
+
+    def undo(self) -> None:
+        """Leave nothing: init, cgroup, folder."""
+        story = self.story
+        if self.terminal >= 0:
+            os.close(self.terminal)
+        if story is not None:
+            story.abandon()
+            story.close_fds()
+        if self.cgroup is not None and self.made_cgroup:
+            self.cgroup.kill(9)
+            self.cgroup.delete()
+        state.discard(self.container)
+        self.container.close()
+
+
+def prepare(
+    context: Context, container_id: str, bundle: str, options: CreateOptions, given: dict[str, object] | None
+) -> Creation:
+    """Read and check everything, take the id, and plan: nothing in the kernel yet but the container's folder."""
+    state.check_id(container_id)
+    bundle = os.path.normpath(os.path.join(context.cwd, bundle or "."))
+    if given is None:
+        spec, data = load_spec(context, bundle)
+    else:
+        spec, data = Spec.decode(given, ""), text.dumps(given).encode()
+    check(context, spec)
+    root = spec.root
+    rootfs = os.path.realpath(os.path.join(bundle, root.path if root else ""))
+    if not os.path.isdir(rootfs):
+        raise InvalidArgument(f"invalid rootfs: stat {rootfs}: no such file or directory")
+    container = state.make(context, container_id)
+    try:
+        container.oci_version = spec.oci_version
+        container.bundle, container.rootfs = bundle, rootfs
+        container.annotations = dict(spec.annotations)
+        container.rootless = context.rootless
+        container.no_pivot = options.no_pivot
+        container.created = now()
+        linux = spec.linux
+        creation = Creation(context, container, spec, options)
+        creation.cgroup = None if context.no_cgroups else Cgroup.plan(
+            (linux.cgroups_path if linux else "") or "", container_id, systemd=context.systemd_cgroup, rootless=context.rootless,
+            caller=context.parent.pid,
+        )
+        container.cgroup = creation.cgroup.encode() if creation.cgroup else {}
+        container.save()
+        failpoint.hit("create.record")
+        write_atomic("config.json", data, dir_fd=container.fd)
+        creation.story = _plan(context, container, spec, options, rootfs, bundle, creation.cgroup)
+    except BaseException:
+        state.discard(container)
+        container.close()
+        raise
+    return creation
+
+
+def check(context: Context, spec: Spec) -> None:
+    """The rules that hold between fields; warnings go to the log."""
+    from boxship.oci.validate import validate
+
+    own = os.stat("/proc/self/ns/net").st_ino
+
+    def is_host_netns(path: str) -> bool:
+        try:
+            return os.stat(path).st_ino == own
+        except OSError:
+            return False  # `open_namespace` says what is wrong with it
+
+    rootless, systemd = os.geteuid() != 0, context.systemd_cgroup
+    for warning in validate(spec, rootless=rootless, systemd_cgroup=systemd, is_host_netns=is_host_netns):
+        context.warn(warning)
+
+
+def _plan(
+    context: Context, container: Container, spec: Spec, options: CreateOptions, rootfs: str, bundle: str, cgroup: Cgroup | None
+) -> Story:
+    assert spec.process is not None
+    story = Story(context, spec, spec.process, rootfs=rootfs, bundle=bundle)
+    story.cgroup = cgroup
+    story.no_pivot = options.no_pivot
+    story.keyring = "" if options.no_new_keyring else f"_ses.{container.id}"
+    story.state = container.hook_state
+    linux = spec.linux
+    for ns in linux.namespaces if linux else []:
+        if ns.path:
+            story.joined[ns.type] = namespaces.open_namespace(ns.path, ns.type)
+        else:
+            story.new.add(ns.type)
+    take_filter(context, spec, story, container)
+    take_environment(context, story, options)
+    return story
+
+
+def take_filter(context: Context, spec: Spec, story: Story, container: Container) -> None:
+    """Compile the seccomp filter, or take the compiled one, and see who gets its listener."""
+    linux = spec.linux
+    if not (linux and linux.seccomp):
+        return
+    from boxship.linux.seccomp import compile_filter, listener_message
+
+    cache = os.path.join(os.path.dirname(context.root), "seccomp") if os.geteuid() == 0 else None
+    story.filter = compile_filter(linux.seccomp.encode(), cache_dir=cache)
+    if not story.filter.notify:
+        return
+
+    def hand(fd: int) -> None:
+        from boxship.linux.terminal import send_fd
+
+        assert story.filter is not None
+        described = text.loads(container.hook_state(state.CREATING if container.creating else state.RUNNING), "state")
+        assert isinstance(described, dict)
+        message = listener_message(described, story.remote.pid, story.filter.listener_metadata)
+        send_fd(story.filter.listener_path, fd, message)
+
+    story.hand_listener = hand
+
+
+def take_environment(context: Context, story: Story, options: CreateOptions) -> None:
+    """Descriptors to pass on, and what of the environment the runtime itself decides."""
+    count = options.preserve_fds
+    listen = context.environ.get("LISTEN_FDS", "")
+    if listen.isdigit() and int(listen) > 0:
+        story.env += [f"LISTEN_FDS={listen}", "LISTEN_PID=1"]
+        count += int(listen)
+    if count:
+        try:
+            story.preserve_fds = context.parent.inherited(count)
+        except OSError:
+            raise InvalidArgument(f"preserve-fds: some of the descriptors 3 to {count + 2} are not open") from None
+
+
+def take_attributes(context: Context, spec: Spec, story: Story) -> None:
+    """Limits and oom_score_adj of init, set from outside; what may not be raised or lowered is clamped."""
+    from boxship.linux import rlimits
+
+    process, pid = story.process, story.remote.pid
+    for limit in process.rlimits:
+        rlimits.apply(pid, limit.type, limit.soft, limit.hard, context.debug)
+    if process.oom_score_adj is not None:
+        _oom_score_adj(context, pid, process.oom_score_adj)
+
+
+def _oom_score_adj(context: Context, pid: int, value: int) -> None:
+    path = f"/proc/{pid}/oom_score_adj"
+    try:
+        _write(path, str(value))
+    except PermissionError:
+        # Lowering takes CAP_SYS_RESOURCE: then the lowest that we may, as containerd's restrict_oom_score_adj.
+        current = int(read_all(path))
+        context.debug(f"oom_score_adj {value} is not permitted, stays {current}")
+        if value > current:
+            raise
+
+
+def _write(path: str, value: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, value.encode())
+    finally:
+        os.close(fd)
+
+
+def tell_identity(story: Story, *, start_hooks: list[object] | None = None) -> None:
+    """The last program: who the process is, what it may, and its exec. Shared with `exec`."""
+    process = story.process
+    story.apply_label()
+    story.take_scheduling()
+    story.pass_descriptors()
+    if not process.no_new_privileges:
+        story.load_filter()
+    story.become_user()
+    path = story.find_program()
+    if process.no_new_privileges:
+        story.load_filter()
+    story.wait_for_start()
+    if start_hooks:
+        story.run_hooks("startContainer", start_hooks, state.CREATED, default_env=story.env)  # type: ignore[arg-type]
+    story.execute(path)
+
+
+def wait_ready(story: Story) -> None:
+    """Wait until init says that it is ready, serving what it hands over on the way."""
+    while True:
+        index = story.remote.wait()
+        if index >= 0:
+            return
+        handle = os.pidfd_open(story.remote.pid)
+        try:
+            fd = namespaces.pidfd_getfd(handle, ~index)
+        finally:
+            os.close(handle)
+        try:
+            assert story.hand_listener is not None
+            story.hand_listener(fd)
+        finally:
+            os.close(fd)
+        story.remote.fetched()
+
+
+def hand_terminal(options: CreateOptions, master: int) -> int:
+    """Give the terminal's master side to who asked for it, and close it then; -1, or the descriptor that is still ours."""
+    if not options.console_socket:
+        return master
+    from boxship.linux.terminal import send_fd
+
+    try:
+        send_fd(options.console_socket, master, f"/dev/pts/{_terminal_number(master)}".encode())
+    finally:
+        os.close(master)
+    return -1
+
+
+def _terminal_number(master: int) -> int:
+    from fcntl import ioctl
+
+    return int.from_bytes(ioctl(master, 0x80045430, bytes(4)), "little")  # TIOCGPTN
+
+
+def announce(context: Context, options: CreateOptions, pid: int, kind: bytes) -> None:
+    """Tell those who asked who the new process is: a pidfd through the socket, the number in the file."""
+    if options.pidfd_socket:
+        from boxship.linux.terminal import send_fd
+
+        fd = os.pidfd_open(pid)
+        try:
+            send_fd(options.pidfd_socket, fd, kind)
+        finally:
+            os.close(fd)
+    write_pid_file(context, options.pid_file, pid)
+
+
+def write_pid_file(context: Context, path: str, pid: int) -> None:
+    """The pid in decimal; readers see all of it or no file."""
+    if path:
+        path = os.path.join(context.cwd, path)
+        folder, name = os.path.split(path)
+        temporary = os.path.join(folder, f".{name}")
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            os.write(fd, str(pid).encode())
+        finally:
+            os.close(fd)
+        os.rename(temporary, path)
+
+
+def now() -> str:
+    """RFC 3339 with nanoseconds, UTC, as Go prints times."""
+    ns = time.time_ns()
+    seconds, fraction = divmod(ns, 1_000_000_000)
+    t = time.gmtime(seconds)
+    digits = f"{fraction:09d}".rstrip("0")
+    return f"{t[0]:04d}-{t[1]:02d}-{t[2]:02d}T{t[3]:02d}:{t[4]:02d}:{t[5]:02d}{'.' + digits if digits else ''}Z"
+
+
+def explain(story: Story | None, error: BaseException, doing: str = "error during container init") -> BaseException:
+    """The error for the user: a failed step of init in runc's words; others as they are."""
+    if isinstance(error, RemoteError):
+        what = str(error)
+        if error.what.startswith("@") and story is not None:
+            _, offset, context = error.what.split("@", 2)
+            status = int.from_bytes(story.remote.data(int(offset), 4), "little")
+            what = f"{context}{hooks.describe_status(status)}"
+        return BoxshipError(f"unable to start container process: {doing}: {what}")
+    if isinstance(error, RemoteGone):
+        if story is not None and story.cgroup is not None and story.cgroup.exists() and story.cgroup.oom_kills():
+            return BoxshipError("unable to start container process: container init was OOM-killed (memory limit too low?)")
+        return BoxshipError(f"unable to start container process: {error}")
+    if isinstance(error, BoxshipError):
+        return type(error)(f"unable to start container process: {error}")
+    if isinstance(error, OSError):
+        where = f" {error.filename}" if error.filename else ""
+        return BoxshipError(f"unable to start container process: {error.strerror}{where}")
+    return error

@@ -1,0 +1,201 @@
+"""exec: one more process in a container that exists.
+
+Runs in: the runtime; the story's steps in a second process that joins the container, see `boxship.runtime.init`.
+Spec: the command line of runc; runtime-spec 1.3.0 config.md "Process" (execCPUAffinity).
+"""
+
+from __future__ import annotations
+
+import os
+
+from boxship.abi import mount as m
+from boxship.abi import namespace as n
+from boxship.abi import syscalls as sc
+from boxship.kit import failpoint
+from boxship.kit.errors import BoxshipError, FailedPrecondition, InvalidArgument
+from boxship.kit.files import read_all
+from boxship.linux.remote import NEXT
+from boxship.oci import text
+from boxship.oci.config import Process, Spec
+from boxship.runtime import create, state
+from boxship.runtime.executor import executor
+from boxship.runtime.init import Story
+from boxship.runtime.options import ExecOptions
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from boxship.runtime.context import Context
+    from boxship.runtime.state import Container
+
+
+def execute(context: Context, container_id: str, process: Process, options: ExecOptions) -> int:
+    """Run `process` in the container. Returns its exit status (128 + n for signal n), or 0 at once when detached.
+
+    Raises DoesNotExist, FailedPrecondition (stopped, paused), BoxshipError when it could not be started.
+    """
+    with state.open_container(context, container_id) as container:
+        status = container.status()
+        if status in (state.STOPPED, state.CREATING):
+            raise FailedPrecondition("cannot exec in a stopped container")
+        if status == state.PAUSED and not options.ignore_paused:
+            raise FailedPrecondition("cannot exec in a paused container (use --ignore-paused to override)")
+        detach = options.detach
+        spec = container.spec()
+        check = Spec.decode({"ociVersion": spec.oci_version, "process": {"cwd": process.cwd, "terminal": process.terminal}}, "")
+        create.check_terminal(check, options, detach=detach)
+        joining = _Joining(context, container, spec, process, options)
+        try:
+            joining.tell()
+        except BaseException as error:
+            joining.undo()
+            raise create.explain(joining.story, error, "error executing setns process") from error
+        pid, terminal = joining.story.remote.pid, joining.terminal
+        joining.story.close_fds()
+        joining.story.remote.close()
+    if detach:
+        return 0
+    return context.parent.attend(pid, terminal)
+
+
+def process_of(container: Container) -> Process:
+    """The process that `exec` starts from when it is given none: the bundle's of now, or else the one it was created with."""
+    try:
+        path = os.path.join(container.bundle, "config.json")
+        spec = Spec.decode(text.loads(read_all(path, create.SPEC_LIMIT), path), "")
+    except OSError:
+        spec = container.spec()
+    if spec.process is None:
+        raise InvalidArgument("process property must not be empty")
+    return spec.process
+
+
+def sub_cgroups(arguments: list[str]) -> dict[str, str]:
+    """`--cgroup` arguments: a path by controller, "" for all. Raises InvalidArgument in runc's words."""
+    paths: dict[str, str] = {}
+    for argument in arguments:
+        controllers, colon, path = argument.partition(":")
+        if not colon:
+            if len(arguments) != 1:
+                raise InvalidArgument(f"invalid --cgroup argument: {argument} (missing <controller>: prefix)")
+            paths[""] = argument
+            continue
+        for controller in controllers.split(","):
+            if not controller:
+                raise InvalidArgument(f"invalid --cgroup argument: {argument} (empty <controller> prefix)")
+            if controller in paths:
+                raise InvalidArgument(f"invalid --cgroup argument(s): controller {controller} specified multiple times")
+            paths[controller] = path
+    return paths
+
+
+class _Joining:
+    """A process on its way into a container."""
+
+    def __init__(
+        self, context: Context, container: Container, spec: Spec, process: Process, options: ExecOptions
+    ) -> None:
+        self.context = context
+        self.container = container
+        self.process = process
+        self.options = options
+        self.terminal = -1
+        story = Story(context, spec, process, rootfs=container.rootfs, bundle=container.bundle)
+        story.keyring = "" if options.no_new_keyring else f"_ses.{container.id}"
+        story.state = container.hook_state
+        create.take_filter(context, spec, story, container)
+        create.take_environment(context, story, options)
+        self.story = story
+
+    def tell(self) -> None:
+        """As `Creation.tell`, with doors that are there already instead of walls to build."""
+        story = self.story
+        self._cgroup(story)
+        affinity = self.process.exec_cpu_affinity
+        story.executor = executor()
+        story.be_born(story.executor)
+        failpoint.hit("exec.born")
+        if affinity and affinity.initial:
+            _set_affinity(story.remote.pid, affinity.initial)
+        self._enter(story)
+        if self.process.terminal:
+            story.open_terminal(mount=False)
+        story.look_up_home()
+        story.go()
+        create.take_attributes(self.context, story.spec, story)
+        story.done()
+        if affinity and affinity.final:
+            _set_affinity(story.remote.pid, affinity.final)
+        story.complete_environment()
+        if self.process.terminal:
+            self.terminal = story.remote.descriptors.pop()
+            self.terminal = create.hand_terminal(self.options, self.terminal)
+        create.tell_identity(story)
+        story.go()
+        create.wait_ready(story)
+        failpoint.hit("exec.ready")
+        create.announce(self.context, self.options, story.remote.pid, b"setns")
+        story.remote.release()
+
+    def _cgroup(self, story: Story) -> None:
+        cgroup = self.container.control_group()
+        sub = sub_cgroups(self.options.cgroup)
+        if cgroup is None:
+            if sub:
+                raise InvalidArgument("--cgroup: the container has no cgroup")
+            return
+        story.cgroup = cgroup
+        story.join_cgroups = cgroup.join_fds(sub) if sub else cgroup.join_fds()
+
+    def _enter(self, story: Story) -> None:
+        """Join cgroup and namespaces, all at once through init's pidfd, in the order that the kernel knows best."""
+        p = story.p
+        pid = self.container.pid
+        flags = 0
+        for kind, flag in n.FLAGS.items():
+            name = n.FILES[kind]
+            try:
+                theirs = os.stat(f"/proc/{pid}/ns/{name}").st_ino
+            except FileNotFoundError:
+                raise FailedPrecondition("container not running") from None
+            if theirs != os.stat(f"/proc/self/ns/{name}").st_ino:
+                flags |= flag
+        p.call(sc.PRCTL, 4, 0, 0, 0, 0, what="prctl(PR_SET_DUMPABLE)")
+        p.call(sc.SETSID, on_err=NEXT)
+        p.call(sc.OPENAT, m.AT_FDCWD, "/proc", m.O_PATH | m.O_DIRECTORY | m.O_CLOEXEC, dst=story.proc, what="open /proc")
+        for fd in story.join_cgroups:
+            p.call(sc.WRITE, story.send(fd), b"0", 1, what="unable to join the container's cgroup")
+        if flags:
+            handle = os.pidfd_open(pid)
+            story.own(handle)
+            p.call(sc.SETNS, story.send(handle), flags, what="failed to setns into the container's namespaces")
+        if flags & n.CLONE_NEWUSER:
+            story.joined_user = True
+            p.call(sc.SETRESGID, 0, 0, 0, what="unable to become root of the user namespace")
+            p.call(sc.SETRESUID, 0, 0, 0, what="unable to become root of the user namespace")
+            p.call(sc.PRCTL, 4, 0, 0, 0, 0, what="prctl(PR_SET_DUMPABLE)")
+        if flags & (n.CLONE_NEWPID | n.CLONE_NEWTIME):
+            story.become_child()
+            p = story.p
+        if story.keyring:
+            from boxship.linux.keyring import JOIN_SESSION
+
+            p.call(sc.KEYCTL, JOIN_SESSION, story.keyring, what="unable to join session keyring")
+
+    def undo(self) -> None:
+        """Nothing of it stays."""
+        if self.terminal >= 0:
+            os.close(self.terminal)
+        self.story.abandon()
+        self.story.close_fds()
+
+
+def _set_affinity(pid: int, cpus: str) -> None:
+    from boxship.linux import _sys
+    from boxship.linux.scheduler import cpu_mask
+
+    mask = cpu_mask(cpus) or b""
+    try:
+        _sys.syscall(sc.SCHED_SETAFFINITY, pid, len(mask), mask)
+    except OSError as error:
+        raise BoxshipError(f"error setting CPU affinity to {cpus}: {(error.strerror or '').lower()}") from None
+

@@ -1,0 +1,830 @@
+"""The story of how a container comes to be: everything between fork and exec, in order.
+
+Runs in: the runtime (the *parent*), which tells the story; each step is carried out by *init*, the container's first
+process, as a program of system calls (`boxship.linux.remote`). What can only be done from outside (id maps, hooks of the
+runtime namespace, limits) the parent does between two programs.
+Spec: runtime-spec 1.3.0, runtime.md "Lifecycle", config.md, config-linux.md.
+
+    parent                                              init
+      spawn (clone with the new namespaces) ──────────►  a copy of init.c waits for a program
+      ── enter: cgroups, namespaces ──────────────────►
+      id maps, network devices, limits
+      ── file system: mounts, devices ────────────────►
+      hooks prestart, createRuntime
+      ── root: hooks createContainer, pivot, console ─►
+      reads /etc/passwd where $HOME is wanted
+      ── identity: user, capabilities, seccomp ───────►  answers "ready"
+      hands the seccomp listener to its agent
+      writes the record; `create` ends                   waits on exec.fifo
+      `start` writes to exec.fifo ────────────────────►  hooks startContainer, execve
+
+Not here: what each mount takes (`boxship.runtime.rootfs`), and how a second process joins (`boxship.runtime.exec`), which
+shares the last part, from `Story.take_limits` on.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from _struct import Struct
+
+from boxship.abi import mount as m
+from boxship.abi import namespace as n
+from boxship.abi import syscalls as sc
+from boxship.kit import failpoint
+from boxship.kit.errors import BoxshipError, InvalidArgument
+from boxship.linux import mounts
+from boxship.linux.remote import CTL, NEXT, Label, Program, Reg, Remote, RemoteError, received
+from boxship.runtime.rootfs import Rootfs, Source, inside
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from boxship.linux.cgroups import Cgroup
+    from boxship.linux.seccomp import Filter
+    from boxship.oci.config import Hook, Process, Spec
+    from boxship.runtime.context import Context
+
+_FPROG = Struct("=HxxxxxxQ")
+_PR_SET_DUMPABLE, _PR_SET_KEEPCAPS, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 4, 8, 24, 38, 47
+_SIGCHLD = 17
+_TIOCSPTLCK, _TIOCGPTPEER, _TIOCSCTTY, _TIOCSWINSZ = 0x40045431, 0x5441, 0x540E, 0x5414
+_SIOCSIFFLAGS = 0x8914
+_PASSWD_LIMIT = 1 << 18
+_PROGRAM_LIMIT = 20000
+
+
+class Story:
+    """One container's (or one `exec`'s) way to its program, as it is being told.
+
+    Attributes:
+        context, spec, process: whose story it is; `process` is spec.process, or exec's own.
+        rootfs: absolute path of the root file system on the host.
+        bundle: absolute path; relative mount sources start there.
+        cgroup: the container's, made and limited already; None without.
+        join_cgroups: descriptors to write "0" to; closed at the end.
+        new, joined: namespaces to make, and to enter (descriptor by type).
+        filter: the compiled seccomp filter.
+        state: gives the spec's state for hooks, for a status.
+        hand_terminal, hand_listener: take the descriptor of the terminal's master side, of the seccomp listener.
+        exec_fifo, error_fifo: descriptors opened for reading and writing, when `start` is another command.
+        preserve_fds: descriptors that become 3, 4, …
+        ready: index of the operation at which init answered that it is ready.
+    """
+
+    def __init__(self, context: Context, spec: Spec, process: Process, *, rootfs: str, bundle: str) -> None:
+        self.context = context
+        self.spec = spec
+        self.process = process
+        self.rootfs = rootfs
+        self.bundle = bundle
+        self.cgroup: Cgroup | None = None
+        self.join_cgroups: list[int] = []
+        self.new: set[str] = set()
+        self.joined: dict[str, int] = {}
+        self.filter: Filter | None = None
+        self.state: Callable[[str], bytes] = lambda status: b"{}"
+        self.hand_terminal: Callable[[int], None] | None = None
+        self.hand_listener: Callable[[int], None] | None = None
+        self.exec_fifo = -1
+        self.error_fifo = -1
+        self.preserve_fds: list[int] = []
+        self.env: list[str] = list(process.env)
+        self.no_pivot = False
+        self.keyring = ""
+        self.rootless = context.rootless
+        self.on_pid: Callable[[int], None] = lambda pid: None
+        self.ready = -1
+        self.remote: Remote = None  # type: ignore[assignment]  # from `be_born` on
+        self.executor = -1
+        self.joined_user = False
+        self.p = Program()
+        self.fds: list[int] = []
+        self._opened: list[int] = []
+        self.proc = self.p.keep()
+        self.root = self.p.keep()
+        self.null = self.p.keep()
+        self.fs = Rootfs(self.p, self.root, userns=self.userns)
+
+    @property
+    def userns(self) -> bool:
+        """Whether the container has a user namespace of its own."""
+        return self.joined_user or "user" in self.new or "user" in self.joined
+
+    # --- telling -------------------------------------------------------------------------------------------------
+
+    def send(self, fd: int) -> Reg:
+        """Let `fd` travel with the program that is being written; its register there."""
+        self.fds.append(fd)
+        return received(len(self.fds) - 1)
+
+    def own(self, fd: int) -> int:
+        """Close `fd` when the story ends."""
+        self._opened.append(fd)
+        return fd
+
+    def go(self) -> None:
+        """Let init begin with what was written so far; the parent goes on meanwhile."""
+        self.p.end()
+        self.remote.send(self.p, self.fds)
+
+    def done(self) -> int:
+        """Wait until init came to the end of it, and begin a new program. Returns the index that it answered."""
+        index = self.remote.wait()
+        self.p = Program()
+        self.fds = []
+        self.fs.use(self.p)
+        return index
+
+    def perform(self) -> None:
+        """`go` and `done`."""
+        if len(self.p):
+            self.go()
+            self.done()
+
+    def close_fds(self) -> None:
+        """Close what the parent opened for the telling."""
+        fds = [*self.join_cgroups, *self.joined.values(), *self._opened]
+        fds += [fd for fd in (self.exec_fifo, self.error_fifo) if fd >= 0]
+        for fd in fds:
+            os.close(fd)
+        self.join_cgroups, self.joined, self._opened = [], {}, []
+        self.exec_fifo = self.error_fifo = -1
+
+    def abandon(self) -> None:
+        """Kill init, if there is one, and wait for it: nothing is started that is not wanted any more."""
+        if self.remote is None:
+            return
+        remote, self.remote = self.remote, None
+        remote.close()
+        try:
+            os.kill(remote.pid, 9)
+        except ProcessLookupError:
+            pass
+        self.context.parent.wait(remote.pid)
+
+    # --- 1. birth ------------------------------------------------------------------------------------------------
+
+    def be_born(self, exe: int) -> None:
+        """Start init from the sealed copy `exe`, in as many of its namespaces as clone(2) can make at once.
+
+        A new user namespace has to wait, since its ids are mapped from outside before anything else is made in it; with
+        a namespace to join the order matters, and a time namespace begins only for children. Those take `enter`.
+        """
+        self.at_once = 0
+        if not self.userns and "time" not in self.new | self.joined.keys() and "pid" not in self.joined:
+            for kind in self.new - {"cgroup"}:
+                self.at_once |= n.FLAGS[kind]
+        stdio = self._stdio()
+        try:
+            self.remote = self.context.parent.spawn(exe, "boxrun-init", stdio, self.at_once)
+        finally:
+            if self.process.terminal:
+                os.close(stdio[0])
+        self.on_pid(self.remote.pid)
+
+    def _stdio(self) -> list[int]:
+        if self.process.terminal:
+            null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+            return [null] * 3
+        return list(self.context.parent.stdio)
+
+    # --- 2. cgroups and namespaces -------------------------------------------------------------------------------
+
+    def enter(self) -> None:
+        """Join the cgroups, then enter or make the namespaces, each as soon as what it needs is there."""
+        p = self.p
+        p.context = ""
+        if not self.userns or not self.rootless:
+            # From here on no process of the container may look into init, which holds descriptors of the host
+            # (CVE-2016-9962). With id maps to be written by an ordinary user it has to wait: the files in /proc would
+            # belong to root.
+            self._not_dumpable()
+        p.call(sc.UMASK, 0)
+        p.call(sc.SETSID, on_err=NEXT)
+        # The host's own procfs, from before anything of the container can stand in its place (CVE-2025-52881). What is
+        # written through it concerns the writer: its network namespace, its security attributes.
+        p.call(sc.OPENAT, m.AT_FDCWD, "/proc", m.O_PATH | m.O_DIRECTORY | m.O_CLOEXEC, dst=self.proc, what="open /proc")
+        # Cgroups come first of all: what the kernel allocates for the namespaces is then on the container's account, and a
+        # cgroup namespace shows as its root where its maker was. Each process writes itself ("0"): moving another one
+        # makes the kernel wait for every process of the machine.
+        for fd in self.join_cgroups:
+            p.call(sc.WRITE, self.send(fd), b"0", 1, what="unable to join the container's cgroup")
+        if "user" in self.new | self.joined.keys():
+            self._enter_user_namespace()
+        else:
+            for kind, fd in self.joined.items():
+                self._setns(kind, fd)
+        rest = 0
+        for kind in self.new - {"user"}:
+            rest |= n.FLAGS[kind]
+        rest &= ~self.at_once
+        if rest:
+            p.call(sc.UNSHARE, rest, what="unable to unshare namespaces")
+        if "time" in self.new and self.spec.linux and self.spec.linux.time_offsets:
+            self._time_offsets()
+        if rest & n.CLONE_NEWPID or "pid" in self.joined or "time" in self.new | self.joined.keys():
+            self.become_child()
+        if self.keyring:
+            self._session_keyring()
+        if "network" in self.new:
+            self._loopback()
+
+    def _not_dumpable(self) -> None:
+        self.p.call(sc.PRCTL, _PR_SET_DUMPABLE, 0, 0, 0, 0, what="prctl(PR_SET_DUMPABLE)")
+
+    def _setns(self, kind: str, fd: int) -> None:
+        path = next((ns.path for ns in self.spec.linux.namespaces if ns.type == kind), "") if self.spec.linux else ""
+        self.p.call(sc.SETNS, self.send(fd), n.FLAGS[kind], what=f"failed to setns into {kind} namespace {path}".rstrip())
+
+    def _enter_user_namespace(self) -> None:
+        from boxship.linux.namespaces import owner_of
+
+        p = self.p
+        inner: list[tuple[str, int]] = []
+        if "user" in self.joined:
+            user = os.fstat(self.joined["user"]).st_ino
+            for kind, fd in self.joined.items():
+                if kind == "user":
+                    continue
+                # Entering takes privilege in the namespace's owner: those of the host's before we leave it, the others after.
+                (inner.append((kind, fd)) if owner_of(fd) == user else self._setns(kind, fd))
+            self._setns("user", self.joined["user"])
+            for kind, fd in inner:
+                self._setns(kind, fd)
+        else:
+            for kind, fd in self.joined.items():
+                self._setns(kind, fd)
+            p.call(sc.UNSHARE, n.CLONE_NEWUSER, what="unable to unshare the user namespace")
+            self.perform()
+            self._map_ids()
+            p = self.p
+        # Root of the namespace, so that what is made from here on belongs to it.
+        p.call(sc.SETRESGID, 0, 0, 0, what="unable to become root of the user namespace")
+        p.call(sc.SETRESUID, 0, 0, 0, what="unable to become root of the user namespace")
+        if not (self.rootless and "time" in self.new):
+            self._not_dumpable()
+
+    def _map_ids(self) -> None:
+        from boxship.linux.idmaps import write_id_maps
+
+        linux = self.spec.linux
+        assert linux is not None
+        uids = [(x.container_id, x.host_id, x.size) for x in linux.uid_mappings]
+        gids = [(x.container_id, x.host_id, x.size) for x in linux.gid_mappings]
+        write_id_maps(self.remote.pid, uids, gids, deny_setgroups=self.rootless)
+
+    def _time_offsets(self) -> None:
+        assert self.spec.linux is not None
+        lines = "".join(f"{clock} {o.secs or 0} {o.nanosecs or 0}\n" for clock, o in self.spec.linux.time_offsets.items()).encode()
+        fd = self.p.new()
+        self.p.call(sc.OPENAT, self.proc, "self/timens_offsets", os.O_WRONLY | m.O_CLOEXEC, dst=fd, what="open timens_offsets")
+        self.p.call(sc.WRITE, fd, lines, len(lines), what="failed to update /proc/self/timens_offsets")
+        self.fs.close(fd)
+
+    def become_child(self) -> None:
+        """Go on in a child: a pid or time namespace takes in children only.
+
+        CLONE_PARENT: the child is the caller's, as containerd-shim and conmon expect of init.
+        """
+        p = self.p
+        parent = Label()
+        pid = p.fork(n.CLONE_PARENT | _SIGCHLD, parent=parent, takes_over=True, what="unable to fork into the pid namespace")
+        after = Label()
+        p.jump(after)
+        p.mark(parent)
+        p.call(sc.EXIT_GROUP, 0)
+        p.mark(after)
+        before = self.remote.pid
+        self.perform()
+        self.remote.pid = int.from_bytes(self.remote.data(pid, 4), "little")
+        self.on_pid(self.remote.pid)
+        self.context.parent.wait(before)
+        # Inherited by fork, but not what an exec or a change of ids would have reset.
+        self._not_dumpable()
+
+    def _session_keyring(self) -> None:
+        # Not the caller's keyring: its keys are the host's. Possessor: all but setattr; user: view, read, link, search.
+        from boxship.linux.keyring import SETPERM, JOIN_SESSION, permissions
+
+        ring = self.p.new()
+        self.p.call(sc.KEYCTL, JOIN_SESSION, self.keyring, dst=ring, what="unable to join session keyring")
+        self.p.call(sc.KEYCTL, SETPERM, ring, permissions(userns=self.userns), what="unable to mod keyring permissions")
+
+    def _loopback(self) -> None:
+        p = self.p
+        request = Struct("=16sHxxxxxxxxxxxxxxxxxxxxxx").pack(b"lo", 0x41)  # struct ifreq: IFF_UP | IFF_RUNNING
+        fd = p.new()
+        p.call(sc.SOCKET, 2, 2 | m.O_CLOEXEC, 0, dst=fd, what="unable to set up the loopback device")
+        p.call(sc.IOCTL, fd, _SIOCSIFFLAGS, request, what="unable to set up the loopback device")
+        self.fs.close(fd)
+
+    # --- 3. the file system --------------------------------------------------------------------------------------
+
+    def make_file_system(self) -> None:
+        """Mounts in their order, then devices: all still beside the host's tree, where sources and device nodes are found."""
+        p = self.p
+        linux = self.spec.linux
+        propagation = 0
+        if linux and linux.rootfs_propagation:
+            propagation = mounts.PROPAGATION.get("r" + linux.rootfs_propagation.removeprefix("r"), 0)
+        p.call(sc.OPENAT, m.AT_FDCWD, "/dev/null", m.O_PATH | m.O_CLOEXEC, dst=self.null, what="open /dev/null")
+        if "mount" not in self.new:
+            # Joined or shared: no mount of ours may stay in it.
+            p.call(
+                sc.OPENAT, m.AT_FDCWD, self.rootfs, m.O_PATH | m.O_DIRECTORY | m.O_CLOEXEC, dst=self.root, what=f"open {self.rootfs}"
+            )
+            return
+        self.fs.take_root(self.rootfs, propagation)
+        for mount in self.spec.mounts:
+            self._mount(mount)
+            if len(self.p) > _PROGRAM_LIMIT or len(self.fds) > 200:
+                self.perform()
+        if self.has_own_dev:
+            kcore = os.path.exists("/proc/kcore")
+            self.fs.devices(linux.devices if linux else [], kcore=kcore)
+
+    @property
+    def has_own_dev(self) -> bool:
+        """Whether /dev is the container's to fill, not a directory of the host's bound there."""
+        for mount in self.spec.mounts:
+            if inside(mount.destination) == "dev" and is_bind(mount):
+                return False
+        return True
+
+    def _mount(self, mount: object) -> None:
+        from boxship.runtime.sources import copy_up, open_source
+
+        options = mounts.parse_options(mount.options)  # type: ignore[attr-defined]
+        if mount.type == "cgroup" or mount.type == "cgroup2":  # type: ignore[attr-defined]
+            self._mount_cgroup(mount, options)
+            return
+        source: Source | None = None
+        if is_bind(mount):
+            source, fd = open_source(self, mount, options)
+            if fd >= 0:
+                source.received = len(self.fds)
+                self.fds.append(fd)
+                self.own(fd)
+        if options.copy_up and source is None:
+            copy_up(self, mount, options)
+            return
+        self.fs.mount(mount, options, source)  # type: ignore[arg-type]
+
+    def _mount_cgroup(self, mount: object, options: mounts.Options) -> None:
+        from boxship.linux.cgroups.arrangement import arrangement
+
+        own_ns = "cgroup" in self.new or "cgroup" in self.joined
+        if arrangement().pure_v2:
+            path = self.cgroup.v2_path if self.cgroup else ""
+            self.fs.cgroup_v2(mount, options, path or "/sys/fs/cgroup")  # type: ignore[arg-type]
+        else:
+            listed = self.cgroup.v1_mounts() if self.cgroup else []
+            self.fs.cgroup_v1(mount, options, listed, own_ns=own_ns)  # type: ignore[arg-type]
+
+    # --- 4. the root ---------------------------------------------------------------------------------------------
+
+    def change_root(self) -> None:
+        """Hooks that still see the host, masks while there is something to bind from, then the new root for good."""
+        p = self.p
+        linux = self.spec.linux
+        own_mounts = "mount" in self.new
+        p.call(sc.FCHDIR, self.root, what="chdir to rootfs")
+        if self.spec.hooks and self.spec.hooks.create_container:
+            self.run_hooks("createContainer", self.spec.hooks.create_container, "creating")
+        if own_mounts and linux:
+            self.fs.read_only_paths(linux.readonly_paths)
+            if linux.masked_paths:
+                self.fs.masks(linux.masked_paths, self.null)
+        self.fs.change_root(pivot=not self.no_pivot, rootfs=self.rootfs, has_mount_ns=own_mounts)
+        if own_mounts and linux and linux.rootfs_propagation in ("shared", "unbindable"):
+            flag = m.MS_SHARED if linux.rootfs_propagation == "shared" else m.MS_UNBINDABLE
+            self.fs.set_attributes(self.root, what="unable to apply root propagation flags", propagation=flag)
+        if own_mounts and self.has_own_dev:
+            self._container_null()
+        if self.process.cwd:
+            cwd = p.new()
+            self.fs.make_directories(inside(self.process.cwd), f"mkdir {self.process.cwd}", cwd)
+            self.fs.close(cwd)
+
+    def _container_null(self) -> None:
+        # Standard streams on the host's /dev/null become the container's: an open file leads to its file system.
+        p = self.p
+        for target, fd in enumerate(self.context.parent.stdio):
+            if self.process.terminal or not _is_null(fd):
+                continue
+            null = self.fs.open("dev/null", os.O_RDWR, "error reopening /dev/null inside container")
+            self._check_null(null)
+            p.call(sc.DUP3, null, target, 0, what="error reopening /dev/null inside container")
+            self.fs.close(null)
+
+    def _check_null(self, fd: Reg) -> None:
+        buffer = self.p.place(bytes(256))
+        self.p.point(self.p.call(sc.STATX, fd, "", m.AT_EMPTY_PATH, 0x7FF, 0, what="stat /dev/null"), 4, buffer)
+        complaint = "!error reopening /dev/null inside container: not a character device 1:3"
+        self.p.expect(buffer + 28, stat.S_IFCHR, mask=stat.S_IFMT(0xFFFF), error=errno.EPERM, what=complaint)
+        self.p.expect(buffer + 128, 1, error=errno.EPERM, what=complaint)
+        self.p.expect(buffer + 132, 3, error=errno.EPERM, what=complaint)
+
+    def open_terminal(self, *, mount: bool) -> None:
+        """A terminal of the container's own devpts: the slave on /dev/console and 0, 1, 2; the master to the parent.
+
+        The slave comes from the master itself (TIOCGPTPEER), never from a path below /dev/pts (CVE-2025-52565).
+        """
+        p = self.p
+        p.context = "error opening the container's terminal: "
+        master, slave = p.new(), p.new()
+        how = mounts.open_how(os.O_RDWR | m.O_NOCTTY, 0, m.RESOLVE_NO_MAGICLINKS | (m.RESOLVE_IN_ROOT if mount else 0))
+        folder = self.root if mount else m.AT_FDCWD
+        p.call(sc.OPENAT2, folder, "dev/ptmx" if mount else "/dev/ptmx", how, 24, dst=master, what="open /dev/ptmx")
+        p.call(sc.IOCTL, master, _TIOCSPTLCK, bytes(4), what="unlock")
+        p.call(sc.IOCTL, master, _TIOCGPTPEER, os.O_RDWR | m.O_NOCTTY | m.O_CLOEXEC, dst=slave, what="open the slave side")
+        size = self.process.console_size
+        if size and size.height and size.width:
+            p.call(sc.IOCTL, master, _TIOCSWINSZ, Struct("=HHHH").pack(size.height, size.width, 0, 0), what="set window size")
+        if mount:
+            dev, node, bound = p.new(), p.new(), p.new()
+            self.fs.make_directories("dev", "open /dev", dev)
+            how = mounts.open_how(os.O_CREAT | m.O_NOFOLLOW, 0o666, m.RESOLVE_BENEATH | m.RESOLVE_NO_SYMLINKS)
+            p.call(sc.OPENAT2, dev, "console", how, 24, dst=node, what="create /dev/console")
+            clone = m.OPEN_TREE_CLONE | m.OPEN_TREE_CLOEXEC | m.AT_EMPTY_PATH
+            p.call(sc.OPEN_TREE, slave, "", clone, dst=bound, what="bind /dev/console")
+            onto = m.MOVE_MOUNT_F_EMPTY_PATH | m.MOVE_MOUNT_T_EMPTY_PATH
+            p.call(sc.MOVE_MOUNT, bound, "", node, "", onto, what="bind /dev/console")
+            self.fs.close(dev, node, bound)
+        p.send_descriptor(master, "send the master side")
+        for fd in range(3):
+            p.call(sc.DUP3, slave, fd, 0, what="dup")
+        self.fs.close(master, slave)
+        p.call(sc.IOCTL, 0, _TIOCSCTTY, 0, what="ioctl(setctty)")
+        p.context = ""
+
+    def look_up_home(self) -> None:
+        """Read the container's /etc/passwd, where the environment names no home: only init sees the right one."""
+        if any(e.startswith("HOME=") and len(e) > 5 for e in self.env):
+            return
+        p = self.p
+        none = Label()
+        fd = p.new()
+        self._passwd = p.place(bytes(_PASSWD_LIMIT))
+        how = mounts.open_how(os.O_RDONLY | os.O_NONBLOCK | m.O_NOCTTY)
+        p.call(sc.OPENAT2, m.AT_FDCWD, "/etc/passwd", how, 24, dst=fd, on_err=none)
+        index = p.call(sc.READ, fd, 0, _PASSWD_LIMIT - 1, on_err=NEXT)
+        p.point(index, 1, self._passwd)
+        self.fs.close(fd)
+        p.mark(none)
+
+    _passwd = -1
+
+    def complete_environment(self) -> None:
+        """The last of each name wins, and HOME is there. Call it when what `look_up_home` told is done."""
+        seen: dict[str, str] = {}
+        for entry in reversed(self.env):
+            key, equals, value = entry.partition("=")
+            if not equals:
+                raise InvalidArgument("invalid environment variable: missing '='")
+            if not key:
+                raise InvalidArgument("invalid environment variable: name cannot be empty")
+            if key not in seen and not (key == "HOME" and not value):
+                seen[key] = entry
+        if "HOME" not in seen:
+            seen = {"HOME": "HOME=" + self._home(), **seen}
+        self.env = list(reversed(seen.values()))
+
+    def _home(self) -> str:
+        if self._passwd < 0:
+            return "/"
+        uid = str(self.process.user.uid or 0) if self.process.user else "0"
+        for line in self.remote.data(self._passwd, _PASSWD_LIMIT).split(b"\0", 1)[0].split(b"\n"):
+            fields = line.split(b":")
+            if len(fields) > 5 and fields[2].decode("ascii", "replace") == uid:
+                return os.fsdecode(fields[5])
+        return "/"
+
+    def close_file_system(self) -> None:
+        """What could not be read-only while it was being filled; names; sysctls; the security module's label."""
+        p = self.p
+        if "mount" in self.new:
+            for mount in self.spec.mounts:
+                flags = mounts.parse_options(mount.options).flags
+                if flags & m.MS_RDONLY and (mount.type == "tmpfs" or inside(mount.destination) == "dev"):
+                    self.fs.read_only(mount.destination)
+            if self.spec.root and self.spec.root.readonly:
+                self.fs.set_attributes(self.root, what="error setting rootfs as readonly", attr_set=m.MOUNT_ATTR_RDONLY)
+        if self.spec.hostname:
+            name = self.spec.hostname.encode()
+            p.call(sc.SETHOSTNAME, name, len(name), what="sethostname")
+        if self.spec.domainname:
+            name = self.spec.domainname.encode()
+            p.call(sc.SETDOMAINNAME, name, len(name), what="setdomainname")
+        if self.spec.linux:
+            for key, value in self.spec.linux.sysctl.items():
+                fd = p.new()
+                # A name with slashes keeps its dots (eth0.100); with dots it has them for slashes.
+                path = key if "/" in key else key.replace(".", "/")
+                how = mounts.open_how(os.O_WRONLY, 0, m.RESOLVE_BENEATH | m.RESOLVE_NO_SYMLINKS)
+                p.call(sc.OPENAT2, self.proc, "sys/" + path, how, 24, dst=fd, what=f"open sysctl {key} file")
+                data = value.encode()
+                p.call(sc.WRITE, fd, data, len(data), what=f"failed to write sysctl {key} value")
+                self.fs.close(fd)
+
+    # --- 5. the identity (also exec's) ---------------------------------------------------------------------------
+
+    def apply_label(self) -> None:
+        """Ask the security module for the profile that execve(2) shall switch to."""
+        from boxship.linux import lsm
+
+        p = self.p
+        for path, data in lsm.exec_attributes(self.process.apparmor_profile or "", self.process.selinux_label or ""):
+            fd = p.new()
+            p.call(sc.OPENAT, self.proc, f"self/{path}", os.O_WRONLY | m.O_CLOEXEC, dst=fd, what=f"unable to apply profile: open /proc/self/{path}")
+            p.call(sc.WRITE, fd, data, len(data), what=f"unable to apply profile: write /proc/self/{path}")
+            self.fs.close(fd)
+
+    def take_scheduling(self) -> None:
+        """Scheduler, I/O priority, memory policy, personality; umask last, after the last file was made."""
+        from boxship.linux import scheduler
+
+        p = self.p
+        process = self.process
+        if process.no_new_privileges:
+            p.call(sc.PRCTL, _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, what="prctl(SET_NO_NEW_PRIVS)")
+        if process.scheduler:
+            s = process.scheduler
+            attr = scheduler.sched_attr(
+                s.policy, nice=s.nice or 0, priority=s.priority or 0, flags=list(s.flags), runtime=s.runtime or 0,
+                deadline=s.deadline or 0, period=s.period or 0,
+            )
+            p.call(sc.SCHED_SETATTR, 0, attr, 0, what="error setting scheduler")
+        if process.io_priority:
+            value = scheduler.io_priority(process.io_priority.class_, process.io_priority.priority or 0)
+            p.call(sc.IOPRIO_SET, 1, 0, value, what="error setting I/O priority")
+        linux = self.spec.linux
+        if linux and linux.personality:
+            p.call(sc.PERSONALITY, 8 if linux.personality.domain == "LINUX32" else 0, what="unable to set personality")
+        if linux and linux.memory_policy:
+            policy = linux.memory_policy
+            mode, nodes, count = scheduler.memory_policy(policy.mode, policy.nodes or "", list(policy.flags))
+            p.call(sc.SET_MEMPOLICY, mode, nodes or 0, count, what="set_mempolicy")
+        umask = process.user.umask if process.user else None
+        p.call(sc.UMASK, 0o022 if umask is None else umask)
+
+    def pass_descriptors(self) -> None:
+        """Put the descriptors that the caller asked to keep into place, from 3 on; all others close at exec."""
+        for i, fd in enumerate(self.preserve_fds):
+            self.p.call(sc.DUP3, self.send(fd), 3 + i, 0, what=f"pass descriptor {3 + i}")
+
+    def become_user(self) -> None:
+        """From the runtime's identity to the process's: directory, bounding set, ids, capabilities, in that order.
+
+        The directory is tried before and after the change of ids, since either identity may be the one that can reach it.
+        The bounding set needs CAP_SETPCAP, the ids need CAP_SETUID, so capabilities come last, kept over setuid(2).
+        """
+        p = self.p
+        process = self.process
+        tried, again, there = Label(), Label(), Label()
+        pending = p.place(b"\1\0\0\0")
+        if process.cwd:
+            p.call(sc.CHDIR, process.cwd, on_ok=tried, on_err=again)
+            p.mark(tried)
+            p.store(pending, 0)
+            p.mark(again)
+        bounding = self._bounding_set()
+        p.call(sc.PRCTL, _PR_SET_KEEPCAPS, 1, 0, 0, 0, what="unable to set keep caps")
+        self._ids()
+        if process.cwd:
+            p.expect(pending, 1, error=errno.EEXIST, on_err=there)
+            p.call(sc.CHDIR, process.cwd, what=f'chdir to cwd ("{process.cwd}") set in config.json failed')
+            p.mark(there)
+        # A directory outside the root shows as "(unreachable)…": a leaked descriptor as cwd (CVE-2024-21626).
+        where = p.place(bytes(4104))
+        outside = "!current working directory is outside of container mount namespace root -- possible container breakout detected"
+        p.point(p.call(sc.GETCWD, 0, 4096, what=outside), 0, where)
+        p.expect(where, ord("/"), mask=0xFF, error=errno.ENOENT, what=outside)
+        p.call(sc.PRCTL, _PR_SET_KEEPCAPS, 0, 0, 0, 0, what="unable to clear keep caps")
+        self._capabilities(bounding)
+
+    def _bounding_set(self) -> int:
+        from boxship.linux import capabilities
+
+        self.held = capabilities.bounding()
+        if self.process.capabilities is None:
+            return self.held
+        unknown: set[str] = set()
+        masks = {}
+        for kind in ("bounding", "effective", "inheritable", "permitted", "ambient"):
+            masks[kind], missing = capabilities.bits(getattr(self.process.capabilities, kind))
+            unknown.update(missing)
+            lacking = masks[kind] & ~self.held
+            if lacking:
+                unknown.update(capabilities.names(lacking))
+                masks[kind] &= self.held
+        if unknown:
+            self.context.warn(f"ignoring unknown or unavailable capabilities: [{' '.join(sorted(unknown))}]")
+        self.masks = masks
+        for number in range(capabilities.last_cap() + 1):
+            if not masks["bounding"] >> number & 1 and self.held >> number & 1:
+                self.p.call(sc.PRCTL, _PR_CAPBSET_DROP, number, 0, 0, 0, what="unable to apply bounding set")
+        return masks["bounding"]
+
+    def _ids(self) -> None:
+        p = self.p
+        user = self.process.user
+        uid, gid, groups = (user.uid or 0, user.gid or 0, list(user.additional_gids)) if user else (0, 0, [])
+        for fd, ours in enumerate(self.context.parent.stdio):
+            # The process must be able to open its own /proc/self/fd/1; whose file it is on the host decides.
+            if self.process.terminal or not (_is_null(ours) or (not self.userns and os.fstat(ours).st_uid == uid)):
+                p.call(sc.FCHOWN, fd, uid, -1, on_err=NEXT)
+        if self.may_set_groups:
+            p.call(sc.SETGROUPS, len(groups), Struct(f"={len(groups)}I").pack(*groups) if groups else 0, what="setgroups")
+        p.call(sc.SETRESGID, gid, gid, gid, what=f"unable to setup user: cannot setgid to gid {gid}")
+        p.call(sc.SETRESUID, uid, uid, uid, what=f"unable to setup user: cannot setuid to uid {uid}")
+
+    may_set_groups = True
+
+    def _capabilities(self, bounding: int) -> None:
+        from boxship.linux import capabilities
+
+        if self.process.capabilities is None:
+            return
+        masks = self.masks
+        header, data = capabilities.capset_data(masks["effective"] & masks["permitted"], masks["permitted"], masks["inheritable"])
+        self.p.call(sc.CAPSET, header, data, what="unable to apply caps")
+        self.p.call(sc.PRCTL, _PR_CAP_AMBIENT, 4, 0, 0, 0, on_err=NEXT)  # PR_CAP_AMBIENT_CLEAR_ALL
+        for number in range(capabilities.last_cap() + 1):
+            if masks["ambient"] >> number & 1:
+                # Refused where it is not inheritable too; runc warns, the spec has it an error of the configuration.
+                self.p.call(sc.PRCTL, _PR_CAP_AMBIENT, 2, number, 0, 0, on_err=NEXT)
+
+    def load_filter(self) -> None:
+        """Install the seccomp filter, and hand its listener over.
+
+        Without no_new_privs that takes CAP_SYS_ADMIN, so it comes before capabilities go; with it as late as can be, so
+        that the profile has to allow as little as possible for us: read, write, close and execve.
+        """
+        if self.filter is None:
+            return
+        p = self.p
+        code = p.place(self.filter.program)
+        prog = p.place(_FPROG.pack(len(self.filter.program) // 8, 0))
+        p.embed(prog + 8, code)
+        listener = p.new()
+        index = p.call(sc.SECCOMP, 1, self.filter.flags, 0, dst=listener, what="unable to init seccomp")
+        p.point(index, 2, prog)
+        if self.filter.notify:
+            p.hand_over(listener, CTL, 0)
+
+    # --- 6. the program ------------------------------------------------------------------------------------------
+
+    def find_program(self) -> Reg:
+        """The path of args[0] as execve(2) takes it, looked up in the container's PATH before anybody waits for it."""
+        p = self.p
+        name = self.process.args[0]
+        path = p.keep()
+        if "/" in name:
+            p.set(path, name)
+            self._check_executable(path, f"exec: \"{name}\": stat {name}", f'exec: "{name}"')
+            return path
+        found = Label()
+        search = next((e[5:] for e in reversed(self.env) if e.startswith("PATH=")), "")
+        if not name:
+            raise BoxshipError('exec: "": executable file not found in $PATH')
+        for folder in search.split(":") if search else []:
+            # Go's rule, which runc follows: an empty element is the current directory, whose programs are refused.
+            candidate = f"{folder or '.'}/{name}"
+            nope = Label()
+            p.set(path, candidate)
+            p.call(sc.FACCESSAT, m.AT_FDCWD, candidate, 1, on_err=nope)
+            fd = p.new()
+            missing = Label()
+            p.call(sc.OPENAT, m.AT_FDCWD, candidate, m.O_PATH | m.O_DIRECTORY | m.O_CLOEXEC, dst=fd, on_err=missing)
+            self.fs.close(fd)
+            p.jump(nope)
+            p.mark(missing)  # not a directory: what we want
+            p.jump(found)
+            p.mark(nope)
+        p.fail(errno.ENOENT, f'!exec: "{name}": executable file not found in $PATH')
+        p.mark(found)
+        return path
+
+    def _check_executable(self, path: Reg, missing: str, bad: str) -> None:
+        p = self.p
+        name = self.process.args[0]
+        buffer = p.place(bytes(256))
+        p.point(p.call(sc.STATX, m.AT_FDCWD, path, 0, 0x7FF, 0, what=missing), 4, buffer)
+        p.expect(
+            buffer + 28, stat.S_IFDIR, mask=0o170000, differs=True, error=errno.EISDIR, what=f'!exec: "{name}": is a directory'
+        )
+        p.call(sc.FACCESSAT, m.AT_FDCWD, path, 1, what=bad)
+
+    def wait_for_start(self) -> None:
+        """Say "ready", and sleep until the word comes: from the parent in `run`, through exec.fifo from `start`.
+
+        Only read(2), write(2) and close(2) from here to the exec: the filter may stop all else.
+        """
+        p = self.p
+        self.ready = p.answer()
+        if self.exec_fifo < 0:
+            p.call(sc.READ, CTL, bytes(8), 8, what="waiting for the word to start")
+            return
+        self.fs.close(CTL)
+        p.set(CTL, self._kept_error_fifo)
+        p.call(sc.READ, self._kept_exec_fifo, bytes(8), 1, what="waiting on exec.fifo")
+        self.fs.close(self._kept_exec_fifo)
+
+    def keep_fifos(self) -> None:
+        """Take the two FIFOs along under numbers that later programs know."""
+        if self.exec_fifo < 0:
+            return
+        p = self.p
+        self._kept_exec_fifo, self._kept_error_fifo = p.keep(), p.keep()
+        p.call(sc.FCNTL, self.send(self.exec_fifo), 1030, 3, dst=self._kept_exec_fifo, what="dup")
+        p.call(sc.FCNTL, self.send(self.error_fifo), 1030, 3, dst=self._kept_error_fifo, what="dup")
+
+    def execute(self, path: Reg) -> None:
+        """Become the user's program."""
+        p = self.p
+        argv = _vector(p, self.process.args)
+        envp = _vector(p, self.env)
+        index = p.call(sc.EXECVE, path, 0, 0, what=f'exec {self.process.args[0]}')
+        p.point(index, 1, argv)
+        p.point(index, 2, envp)
+
+    # --- hooks that init runs ------------------------------------------------------------------------------------
+
+    def run_hooks(self, kind: str, hooks: list[Hook], status: str, *, default_env: list[str] | None = None) -> None:
+        """Let init fork and run each hook, wait for it (`timeout` in seconds), and stop at the first that fails."""
+        p = self.p
+        self.hook_status: dict[int, int] = {}
+        for i, hook in enumerate(hooks):
+            p.context = f"error running {kind} hook #{i}: "
+            state = os.memfd_create("state", os.MFD_CLOEXEC)
+            self.own(state)
+            os.write(state, self.state(status))
+            stdin = self.send(state)
+            p.call(sc.LSEEK, stdin, 0, 0, what="rewind the state")
+            parent, ended, failed, good = Label(), Label(), Label(), Label()
+            child, handle = p.new(), p.new()
+            pid = p.fork(_SIGCHLD, parent=parent, takes_over=False, what="fork")
+            p.call(sc.DUP3, stdin, 0, 0, what="dup")
+            args = hook.args or [hook.path]
+            env = hook.env if hook.env else (default_env or [])
+            argv, envp = _vector(p, args), _vector(p, env)
+            index = p.call(sc.EXECVE, hook.path, 0, 0, what="exec")
+            p.point(index, 1, argv)
+            p.point(index, 2, envp)
+            p.mark(parent)
+            p.load(pid, child)
+            status_at = p.place(bytes(8))
+            if hook.timeout:
+                p.call(sc.PIDFD_OPEN, child, 0, dst=handle, what="pidfd_open")
+                poll = p.place(Struct("=iHH").pack(0, 1, 0))
+                p.store(poll, handle)
+                ready = p.new()
+                limit = p.place(Struct("=qq").pack(hook.timeout, 0))
+                index = p.call(sc.PPOLL, 0, 1, 0, 0, 8, dst=ready, what="poll")
+                p.point(index, 0, poll)
+                p.point(index, 2, limit)
+                revents = poll + 4
+                p.expect(revents, 0, mask=0xFFFF0000, differs=True, error=errno.ETIME, on_err=ended)
+                p.jump(good)
+                p.mark(ended)
+                p.call(sc.KILL, child, 9, on_err=NEXT)
+                p.call(sc.WAIT4, child, 0, 0, 0, on_err=NEXT)
+                p.fail(errno.ETIME, f"!{p.context}hook ran past specified timeout of {float(hook.timeout):.1f}s")
+                p.mark(good)
+            index = p.call(sc.WAIT4, child, 0, 0, 0, what="wait")
+            p.point(index, 1, status_at)
+            p.expect(status_at, 0, error=errno.EIO, what=f"@{status_at}@{p.context}")
+            p.mark(failed)
+        p.context = ""
+
+
+def is_bind(mount: object) -> bool:
+    """Whether a mount of the configuration is a bind mount: by its type, or by its options whatever the type says."""
+    if mount.type == "bind":  # type: ignore[attr-defined]
+        return True
+    return "bind" in mount.options or "rbind" in mount.options  # type: ignore[attr-defined]
+
+
+def _vector(p: Program, strings: list[str]) -> int:
+    offsets = []
+    for text in strings:
+        raw = text.encode("utf-8", "surrogateescape")
+        if b"\0" in raw:
+            raise InvalidArgument(f"{text!r} contains a NUL byte")
+        offsets.append(p.place(raw + b"\0", 1))
+    table = p.place(bytes(8 * (len(offsets) + 1)))
+    for i, offset in enumerate(offsets):
+        p.embed(table + 8 * i, offset)
+    return table
+
+
+def _is_null(fd: int) -> bool:
+    try:
+        info = os.fstat(fd)
+    except OSError:
+        return False
+    return stat.S_ISCHR(info.st_mode) and info.st_rdev == os.makedev(1, 3)

@@ -1,0 +1,311 @@
+"""The verbs on a container that exists, and `run`: runc's commands as functions.
+
+Runs in: the runtime.
+Spec: runtime-spec 1.3.0, runtime.md "Operations", "Lifecycle".
+Not here: `create` (its own module), `exec`, `checkpoint`, `events`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import time
+
+from boxship.kit import failpoint
+from boxship.kit.errors import BoxshipError, FailedPrecondition
+from boxship.kit.files import read_all
+from boxship.oci import text
+from boxship.runtime import hooks, state
+from boxship.runtime.create import Creation, check_terminal, create, explain, prepare
+from boxship.runtime.options import CreateOptions
+from boxship.runtime.state import Container, NotRunning, open_container
+
+__all__ = ["create", "delete", "kill", "list_containers", "pause", "processes", "resume", "run", "start", "update"]
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from boxship.runtime.context import Context
+
+_DELETE_TIMEOUT_S = 10.0
+
+
+def run(
+    context: Context, container_id: str, bundle: str, options: CreateOptions | None = None, *, detach: bool = False,
+    keep: bool = False, spec: dict[str, object] | None = None,
+) -> int:
+    """create and start in one; unless `detach`, wait for the process, with the caller's terminal and signals connected.
+
+    Returns the process's exit status, 128 + n when signal n ended it; 0 when detached. Without `keep` the container is
+    deleted when its process ends. Raises BoxshipError when it could not be started; then nothing is left.
+    """
+    options = options or CreateOptions()
+    made = prepare(context, container_id, bundle, options, spec)
+    try:
+        check_terminal(made.spec, options, detach=detach)
+        made.tell(waits=False)
+        story = made.story
+        assert story is not None
+        story.remote.release()
+        _poststart(made.container, made.spec.hooks)
+    except BaseException as error:
+        made.undo()
+        raise explain(made.story, error) from error
+    container = made.container
+    if detach:
+        container.close()
+        return 0
+    # Others may pause, exec and kill while we wait.
+    container.unlock()
+    try:
+        status = context.parent.attend(container.pid, made.terminal)
+    finally:
+        if not keep:
+            _remove(context, container_id)
+    return status
+
+
+def _remove(context: Context, container_id: str) -> None:
+    try:
+        container = open_container(context, container_id, lock=True)
+    except state.DoesNotExist:
+        return  # deleted by another command
+    with container:
+        _destroy(container)
+
+
+def start(context: Context, container_id: str) -> None:
+    """Let a created container's init go on to the user's program. Raises FailedPrecondition, BoxshipError."""
+    with open_container(context, container_id, lock=True) as container:
+        status = container.status()
+        if status == state.STOPPED:
+            raise FailedPrecondition("cannot start a container that has stopped")
+        if status == state.RUNNING:
+            raise FailedPrecondition("cannot start an already running container")
+        if status != state.CREATED:
+            raise FailedPrecondition(f"cannot start a container in the {status} state")
+        _let_go(container)
+        spec = container.spec()
+        try:
+            _poststart(container, spec.hooks)
+        except BoxshipError:
+            _kill_init(container)
+            raise
+
+
+def _let_go(container: Container) -> None:
+    """The word through exec.fifo; the answer through error.fifo, whose end of file is the exec."""
+    path = container.path
+    word = os.open(f"{path}/exec.fifo", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    answer = os.open(f"{path}/error.fifo", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        os.unlink(f"{path}/exec.fifo")
+        failpoint.hit("start.word")
+        os.write(word, b"\1")
+        poll = select.poll()
+        poll.register(answer, select.POLLIN)
+        poll.poll()
+        message = os.read(answer, 8)
+    finally:
+        os.close(word)
+        os.close(answer)
+    os.unlink(f"{path}/error.fifo")
+    if message:
+        index, error = int.from_bytes(message[:4], "little"), int.from_bytes(message[4:8], "little")
+        texts = text.loads(read_all("start.json", dir_fd=container.fd), "start.json")
+        what = str(texts.get(str(index), "exec")) if isinstance(texts, dict) else "exec"
+        raise BoxshipError(_say(what, error))
+
+
+def _say(what: str, error: int) -> str:
+    if what.startswith("@"):
+        return what.split("@", 2)[2] + "it failed"
+    return what[1:] if what.startswith("!") else f"{what}: {os.strerror(error).lower()}"
+
+
+def _poststart(container: Container, configured: object) -> None:
+    entries = configured.poststart if configured else []  # type: ignore[attr-defined]
+    if entries:
+        hooks.run_hooks("poststart", entries, container.hook_state(state.RUNNING))
+
+
+def kill(context: Context, container_id: str, number: int) -> None:
+    """Send a signal to init; to every process where init has no pid namespace of its own and is gone already.
+
+    Raises NotRunning, DoesNotExist.
+    """
+    with open_container(context, container_id) as container:
+        if not container.alive():
+            # Without a pid namespace the others outlive their init.
+            if number == signal.SIGKILL and not container.has_pid_namespace() and _kill_rest(container):
+                return
+            raise NotRunning
+        if number == signal.SIGKILL and not container.has_pid_namespace():
+            _kill_rest(container)
+            return
+        _signal_init(container, number)
+
+
+def _kill_rest(container: Container) -> bool:
+    cgroup = container.control_group()
+    if cgroup is None or not cgroup.exists() or not cgroup.pids():
+        if container.alive():
+            _signal_init(container, signal.SIGKILL)
+            return True
+        return False
+    cgroup.kill(signal.SIGKILL)
+    return True
+
+
+def _signal_init(container: Container, number: int) -> None:
+    try:
+        fd = os.pidfd_open(container.pid)
+    except ProcessLookupError:
+        raise NotRunning from None
+    try:
+        # The number may be another process's by now; the descriptor cannot change any more.
+        if not container.alive():
+            raise NotRunning
+        signal.pidfd_send_signal(fd, number)
+    except ProcessLookupError:
+        raise NotRunning from None
+    finally:
+        os.close(fd)
+    if number == signal.SIGKILL:
+        # A frozen process does not die.
+        cgroup = container.control_group()
+        if cgroup is not None and cgroup.exists() and cgroup.frozen():
+            cgroup.thaw()
+
+
+def delete(context: Context, container_id: str, *, force: bool = False) -> None:
+    """Remove a stopped or created container; with `force` any, and it is no error if there is none.
+
+    Raises DoesNotExist, FailedPrecondition when it runs.
+    """
+    try:
+        container = open_container(context, container_id, lock=True)
+    except state.DoesNotExist:
+        if force:
+            return
+        raise
+    with container:
+        status = container.status()
+        if status not in (state.STOPPED, state.CREATED) and not force:
+            raise FailedPrecondition(f"cannot delete container {container_id} that is not stopped: {status}")
+        _kill_init(container)
+        _destroy(container)
+
+
+def _kill_init(container: Container) -> None:
+    """SIGKILL to all of it, and wait until init is gone (or a zombie that its parent will take)."""
+    if container.alive():
+        try:
+            handle = os.pidfd_open(container.pid)
+        except ProcessLookupError:
+            return
+        try:
+            _signal_init(container, signal.SIGKILL)
+            poll = select.poll()
+            poll.register(handle, select.POLLIN)
+            if not poll.poll(_DELETE_TIMEOUT_S * 1000):
+                raise BoxshipError("container init still running")
+        except NotRunning:
+            pass
+        finally:
+            os.close(handle)
+
+
+def _destroy(container: Container) -> None:
+    """Cgroup, poststop hooks, folder, in this order: the folder is what a later delete finds the rest by."""
+    failpoint.hit("delete.begin")
+    cgroup = container.control_group()
+    if cgroup is not None:
+        if cgroup.exists() and cgroup.pids():
+            cgroup.kill(signal.SIGKILL)
+        cgroup.delete()
+    failpoint.hit("delete.cgroup")
+    try:
+        spec = container.spec()
+    except (FileNotFoundError, BoxshipError):
+        spec = None  # a create that was killed before it had written the configuration: no hooks ran either
+    if spec is not None and spec.hooks and spec.hooks.poststop:
+        for i, hook in enumerate(spec.hooks.poststop):
+            try:
+                hooks.run_hooks("poststop", [hook], container.hook_state(state.STOPPED))
+            except BoxshipError as error:
+                # The spec: a failing poststop hook is a warning, and the others run.
+                container.context.warn(str(error).replace("hook #0", f"hook #{i}"))
+    state.discard(container)
+    failpoint.hit("delete.done")
+
+
+def _running_cgroup(container: Container) -> object:
+    cgroup = container.control_group()
+    if cgroup is None or not cgroup.exists():
+        raise FailedPrecondition("cgroup not exist")
+    return cgroup
+
+
+def pause(context: Context, container_id: str) -> None:
+    """Freeze every process of it. Raises NotRunning."""
+    with open_container(context, container_id, lock=True) as container:
+        if container.status() not in (state.RUNNING, state.CREATED):
+            raise NotRunning
+        _running_cgroup(container).freeze()  # type: ignore[attr-defined]
+
+
+def resume(context: Context, container_id: str) -> None:
+    """Undo `pause`. Raises FailedPrecondition when it is not paused."""
+    with open_container(context, container_id, lock=True) as container:
+        if container.status() != state.PAUSED:
+            raise FailedPrecondition("container not paused")
+        _running_cgroup(container).thaw()  # type: ignore[attr-defined]
+
+
+def processes(context: Context, container_id: str) -> list[int]:
+    """The pids of all processes in the container's cgroup, as the caller's pid namespace counts."""
+    with open_container(context, container_id) as container:
+        cgroup = container.control_group()
+        if cgroup is None or not cgroup.exists():
+            return [container.pid] if container.alive() else []
+        return list(cgroup.pids())
+
+
+def update(context: Context, container_id: str, change: dict[str, object]) -> None:
+    """Apply a LinuxResources object (runtime-spec JSON) to a container that is not stopped."""
+    from boxship.runtime.resources import update_limits
+
+    with open_container(context, container_id, lock=True) as container:
+        if container.status() == state.STOPPED:
+            raise NotRunning
+        update_limits(container, change)
+
+
+def list_containers(context: Context) -> list[Container]:
+    """All containers below the context's root, by id; the caller closes them."""
+    found = []
+    for container_id in state.identifiers(context):
+        try:
+            found.append(open_container(context, container_id))
+        except state.DoesNotExist:
+            continue  # deleted meanwhile
+    return found
+
+
+def wait_gone(pid: int, timeout_s: float) -> bool:
+    """Whether a process ended within `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    try:
+        handle = os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno == errno.ESRCH:
+            return True
+        raise
+    try:
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+    finally:
+        os.close(handle)
