@@ -1,0 +1,41 @@
+"""Routing netlink, as far as moving a network device needs it.
+
+Spec: Linux include/uapi/linux/{netlink,rtnetlink,if_link,if_addr}.h; rtnetlink(7).
+"""
+
+from __future__ import annotations
+
+AF_NETLINK = 16
+NETLINK_ROUTE = 0
+SOL_NETLINK = 270
+NETLINK_EXT_ACK = 11  # 4.12
+NETLINK_GET_STRICT_CHK = 12  # 4.20
+
+NLMSG_ERROR = 2
+NLMSG_DONE = 3
+NLM_F_REQUEST = 0x1
+NLM_F_ACK = 0x4
+NLM_F_DUMP_INTR = 0x10
+NLM_F_DUMP = 0x300
+NLM_F_CREATE_EXCL = 0x600
+NLM_F_CAPPED = 0x100
+NLM_F_ACK_TLVS = 0x200
+NLMSGERR_ATTR_MSG = 1
+
+RTM_NEWLINK = 16
+RTM_GETLINK = 18
+RTM_NEWADDR = 20
+RTM_GETADDR = 22
+
+IFLA_IFNAME = 3
+IFLA_NET_NS_FD = 28
+IFF_UP = 1
+
+IFA_ADDRESS = 1
+IFA_LOCAL = 2
+IFA_BROADCAST = 4
+IFA_FLAGS = 8
+IFA_F_PERMANENT = 0x80
+IFA_F_NOPREFIXROUTE = 0x200
+RT_SCOPE_UNIVERSE = 0
+IFNAMSIZ = 16

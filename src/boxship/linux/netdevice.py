@@ -1,0 +1,252 @@
+"""Moving a network device into another network namespace, with its addresses.
+
+Runs in: the runtime, in the host's network namespace, as root; single-threaded while it visits the other namespace.
+Spec: rtnetlink(7); runtime-spec 1.3.0, config-linux.md "Network Devices".
+
+    down ─► note addresses ─► one RTM_NEWLINK {index, new name, namespace} ─► in there: addresses, up
+
+Name and namespace change in one request, so that the device never stands under either name in the wrong place. MTU, MAC
+address and the like move along by themselves; addresses the kernel drops. When the namespace ends, the kernel gives
+physical devices back to the host.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from _struct import Struct
+
+from boxship.abi import netlink as abi
+from boxship.abi.namespace import CLONE_NEWNET
+from boxship.kit.errors import BoxshipError, from_os_error
+from boxship.linux.namespaces import setns
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_HEADER = Struct("=IHHII")  # struct nlmsghdr {u32 len; u16 type, flags; u32 seq, pid}
+_LINK = Struct("=BxHiII")  # struct ifinfomsg {u8 family; u16 type; int index; unsigned flags, change}
+_ADDRESS = Struct("=BBBBI")  # struct ifaddrmsg {u8 family, prefixlen, flags, scope; u32 index}
+_ATTRIBUTE = Struct("=HH")  # struct nlattr {u16 len, type}
+_NUMBER = Struct("=I")
+_TRIES = 5
+
+
+class Address:
+    """One address of a device, as it came: `attributes` are those of the message that made it."""
+
+    __slots__ = ("attributes", "family", "flags", "prefix", "scope")
+
+    def __init__(self, family: int, prefix: int, flags: int, scope: int, attributes: dict[int, bytes]) -> None:
+        self.family = family
+        self.prefix = prefix
+        self.flags = flags
+        self.scope = scope
+        self.attributes = attributes
+
+    def moves(self) -> bool:
+        """Whether it is the user's to keep: neither given for a time only, nor one that means this machine or link."""
+        return bool(self.flags & abi.IFA_F_PERMANENT) and self.scope == abi.RT_SCOPE_UNIVERSE
+
+
+def move(name: str, namespace: int, new_name: str = "", path: str = "") -> None:
+    """Move the device `name` of our network namespace into `namespace` (a descriptor, borrowed), as `new_name`.
+
+    `path` names the namespace in messages. Raises an error of the tree in runc's words; the device is then where it was,
+    or in the namespace without addresses, from where the end of the namespace brings it back.
+    """
+    new_name = new_name or name
+    path = path or f"/proc/self/fd/{namespace}"
+    here = _Route()
+    try:
+        index = here.index(name, f"link not found for interface {name} on runtime namespace")
+        here.set_up(index, False, "fail to set link down")
+        addresses = here.addresses(index)
+        moving = f"fail to move network device {name} to network namespace {path}"
+        here.change(index, {abi.IFLA_IFNAME: _text(new_name), abi.IFLA_NET_NS_FD: _NUMBER.pack(namespace)}, moving)
+    finally:
+        here.close()
+    there = _route_in(namespace)
+    try:
+        index = there.index(new_name, f"link not found for interface {new_name} on namespace {path} ")
+        for address in addresses:
+            if address.moves():
+                there.add(index, address, f"fail to set up address {describe(address)} on namespace {path}")
+        there.set_up(index, True, f"fail to set up interface {new_name} on namespace {path}")
+    finally:
+        there.close()
+
+
+def _route_in(namespace: int) -> _Route:
+    """A socket that was made in another network namespace belongs to it for good: be there for just that moment."""
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        setns(namespace, CLONE_NEWNET)
+        try:
+            return _Route()
+        finally:
+            # Failing here would leave us in the container's network; nothing may go on then.
+            try:
+                setns(home, CLONE_NEWNET)
+            except OSError:
+                os.abort()
+    finally:
+        os.close(home)
+
+
+def is_valid_name(name: str) -> bool:
+    """Whether the kernel takes it as a device's name, by runc's rule."""
+    return 0 < len(os.fsencode(name)) <= abi.IFNAMSIZ and name not in (".", "..") and not set("/: ") & set(name)
+
+
+def describe(address: Address) -> str:
+    """ "192.0.2.1/24"."""
+    import _socket
+
+    raw = address.attributes.get(abi.IFA_LOCAL) or address.attributes.get(abi.IFA_ADDRESS, b"")
+    return f"{_socket.inet_ntop(address.family, raw)}/{address.prefix}"
+
+
+class _Route:
+    """A routing netlink socket: one request at a time."""
+
+    def __init__(self) -> None:
+        import _socket
+
+        self._sock = _socket.socket(abi.AF_NETLINK, _socket.SOCK_RAW, abi.NETLINK_ROUTE)
+        self._sequence = 0
+        self._sock.bind((0, 0))
+        for option in (abi.NETLINK_EXT_ACK, abi.NETLINK_GET_STRICT_CHK):
+            try:
+                self._sock.setsockopt(abi.SOL_NETLINK, option, 1)
+            except OSError:
+                pass  # an older kernel explains less, and answers more than was asked for
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._sock.close()
+
+    def index(self, name: str, doing: str) -> int:
+        """Of the device with that name."""
+        request = _LINK.pack(0, 0, 0, 0, 0) + _attribute(abi.IFLA_IFNAME, _text(name))
+        try:
+            for body in self._request(abi.RTM_GETLINK, 0, request):
+                return int(_LINK.unpack_from(body)[2])
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise from_os_error(error, doing) from None
+        raise from_os_error(OSError(errno.ENODEV, f"Link {name} not found"), doing.rstrip())
+
+    def set_up(self, index: int, up: bool, doing: str) -> None:
+        """Administratively up or down."""
+        self._do(abi.RTM_NEWLINK, 0, _LINK.pack(0, 0, index, abi.IFF_UP if up else 0, abi.IFF_UP), doing)
+
+    def change(self, index: int, attributes: dict[int, bytes], doing: str) -> None:
+        """Set attributes of a link, all or none."""
+        request = _LINK.pack(0, 0, index, 0, 0) + b"".join(_attribute(kind, data) for kind, data in attributes.items())
+        self._do(abi.RTM_NEWLINK, 0, request, doing)
+
+    def addresses(self, index: int) -> list[Address]:
+        """All addresses of a link, IPv4 and IPv6. Asked for anew when they changed meanwhile."""
+        for _ in range(_TRIES):
+            try:
+                found = list(self._request(abi.RTM_GETADDR, abi.NLM_F_DUMP, _ADDRESS.pack(0, 0, 0, 0, index)))
+            except InterruptedError:
+                continue
+            except OSError as error:
+                raise from_os_error(error, "fail to get ip addresses") from None
+            return [address for owner, address in map(_parse_address, found) if owner == index]
+        raise BoxshipError("fail to get ip addresses: they keep changing")
+
+    def add(self, index: int, address: Address, doing: str) -> None:
+        """Give an address to a link."""
+        flags = abi.IFA_F_PERMANENT | address.flags & abi.IFA_F_NOPREFIXROUTE
+        request = _ADDRESS.pack(address.family, address.prefix, flags & 0xFF, address.scope, index)
+        for kind in (abi.IFA_ADDRESS, abi.IFA_LOCAL, abi.IFA_BROADCAST):
+            if kind in address.attributes:
+                request += _attribute(kind, address.attributes[kind])
+        request += _attribute(abi.IFA_FLAGS, _NUMBER.pack(flags))
+        self._do(abi.RTM_NEWADDR, abi.NLM_F_CREATE_EXCL, request, doing)
+
+    def _do(self, kind: int, flags: int, request: bytes, doing: str) -> None:
+        try:
+            for _ in self._request(kind, flags | abi.NLM_F_ACK, request):
+                pass
+        except OSError as error:
+            raise from_os_error(error, doing) from None
+
+    def _request(self, kind: int, flags: int, request: bytes) -> Iterator[bytes]:
+        """Send one request and yield the bodies of its answers. Raises OSError; EINTR when a dump is not consistent."""
+        self._sequence += 1
+        self._sock.send(_HEADER.pack(_HEADER.size + len(request), kind, flags | abi.NLM_F_REQUEST, self._sequence, 0) + request)
+        expects_many = flags & (abi.NLM_F_DUMP | abi.NLM_F_ACK)
+        interrupted = False
+        while True:
+            data = self._sock.recv(1 << 16)
+            at = 0
+            while at + _HEADER.size <= len(data):
+                size, answer, answer_flags, sequence, _ = _HEADER.unpack_from(data, at)
+                body = data[at + _HEADER.size : at + size]
+                at += _aligned(max(size, _HEADER.size))
+                if sequence != self._sequence:
+                    continue
+                interrupted = interrupted or bool(answer_flags & abi.NLM_F_DUMP_INTR)
+                if answer == abi.NLMSG_ERROR:
+                    _check(body, answer_flags, len(request))
+                    return
+                if answer == abi.NLMSG_DONE:
+                    if interrupted:
+                        raise InterruptedError(errno.EINTR, os.strerror(errno.EINTR))
+                    return
+                yield body
+                if not expects_many:
+                    return
+
+
+def _check(body: bytes, flags: int, request_size: int) -> None:
+    """Raise what an NLMSG_ERROR says, with the kernel's own explanation where it gives one."""
+    number = -int.from_bytes(body[:4], "little", signed=True)
+    if not number:
+        return
+    text = os.strerror(number)
+    if flags & abi.NLM_F_ACK_TLVS:
+        # The error is followed by the request it is about, or by its header only.
+        skip = 4 + _HEADER.size + (0 if flags & abi.NLM_F_CAPPED else _aligned(request_size))
+        message = _attributes(body[skip:]).get(abi.NLMSGERR_ATTR_MSG)
+        if message:
+            text = f"{text}: {message.rstrip(bytes(1)).decode(errors='replace')}"
+    raise OSError(number, text)
+
+
+def _parse_address(body: bytes) -> tuple[int, Address]:
+    family, prefix, flags, scope, index = _ADDRESS.unpack_from(body)
+    attributes = _attributes(body[_ADDRESS.size :])
+    if abi.IFA_FLAGS in attributes:
+        (flags,) = _NUMBER.unpack(attributes[abi.IFA_FLAGS])
+    return index, Address(family, prefix, flags, scope, attributes)
+
+
+def _attributes(data: bytes) -> dict[int, bytes]:
+    found = {}
+    at = 0
+    while at + _ATTRIBUTE.size <= len(data):
+        size, kind = _ATTRIBUTE.unpack_from(data, at)
+        if size < _ATTRIBUTE.size:
+            break
+        found[kind & 0x3FFF] = data[at + _ATTRIBUTE.size : at + size]
+        at += _aligned(size)
+    return found
+
+
+def _attribute(kind: int, data: bytes) -> bytes:
+    size = _ATTRIBUTE.size + len(data)
+    return (_ATTRIBUTE.pack(size, kind) + data).ljust(_aligned(size), b"\0")
+
+
+def _aligned(size: int) -> int:
+    return (size + 3) & ~3
+
+
+def _text(name: str) -> bytes:
+    return os.fsencode(name) + b"\0"
