@@ -152,7 +152,7 @@ def test_inherited_fields_come_first() -> None:
         ({"leafID": 1, "words": {"key": 1}}, "words.key: expected a string, got 1"),
         ({"leafID": 1, "words": {"a.b": 1}}, 'words["a.b"]: expected a string, got 1'),
         ({"leafID": 1, "words": {"a\0": "x"}}, 'words["a\\u0000"]: string contains null byte'),
-        ({"leafID": 1, "table": {"k": {"name": "", "size": -1}}}, "table.k.size: expected an integer from 0 to 4294967295, got -1"),
+        ({"leafID": 1, "table": {"k": {"size": ""}}}, 'table.k.size: expected an integer from 0 to 4294967295, got ""'),
         ({"leafID": 1, "grid": [[1], [2, 256]]}, "grid[1][1]: expected an integer from 0 to 255, got 256"),
         ({"leafID": 1, "colour": "blue"}, 'colour: no colour "blue", really blue (one of green, red)'),
         ({"leafID": 1, "colour": 3}, "colour: expected a string, got 3"),
