@@ -10,15 +10,10 @@
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030b0000
 #include <Python.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <sched.h>
-#include <signal.h>
 #include <stdint.h>
 #include <string.h>
-#include <sys/syscall.h>
-#include <sys/wait.h>
-#include <unistd.h>
+
+#include "spawn.h"
 
 static PyObject *os_error(void)
 {
@@ -86,47 +81,6 @@ out:
 	return result;
 }
 
-/* What the child needs between vfork and exec. It shares the parent's memory, so it only makes system calls. */
-struct plan {
-	int exe;
-	char *const *argv;
-	char *const *envp;
-	const int *fds;      /* fds[i] becomes descriptor i */
-	int fd_count;
-	volatile int error;
-};
-
-static int child(void *argument)
-{
-	struct plan *plan = argument;
-	/* Dispositions and mask are inherited by the program: give it the defaults. Python ignores SIGPIPE and SIGXFSZ. */
-	struct { void *handler; unsigned long flags; void *restorer; unsigned long mask; } dfl = {0};
-	for (int sig = 1; sig < 65; sig++)
-		syscall(SYS_rt_sigaction, sig, &dfl, NULL, 8);
-	unsigned long none = 0;
-	/* First out of the way of the low numbers, then into place. */
-	int high[16];
-	for (int i = 0; i < plan->fd_count; i++) {
-		high[i] = (int)syscall(SYS_fcntl, plan->fds[i], F_DUPFD_CLOEXEC, 64);
-		if (high[i] < 0)
-			goto fail;
-	}
-	int exe = (int)syscall(SYS_fcntl, plan->exe, F_DUPFD_CLOEXEC, 64);
-	if (exe < 0)
-		goto fail;
-	for (int i = 0; i < plan->fd_count; i++)
-		if (syscall(SYS_dup3, high[i], i, 0) < 0)
-			goto fail;
-	/* Everything else closes at exec: no descriptor of the caller reaches a container. */
-	if (syscall(SYS_close_range, plan->fd_count, ~0U, 4 /* CLOSE_RANGE_CLOEXEC */) < 0)
-		goto fail;
-	syscall(SYS_rt_sigprocmask, SIG_SETMASK, &none, NULL, 8);
-	syscall(SYS_execveat, exe, "", plan->argv, plan->envp, 0x1000 /* AT_EMPTY_PATH */);
-fail:
-	plan->error = errno;
-	_exit(127);
-}
-
 static PyObject *sys_spawn(PyObject *self, PyObject *args)
 {
 	(void)self;
@@ -139,11 +93,11 @@ static PyObject *sys_spawn(PyObject *self, PyObject *args)
 	Py_ssize_t count = PySequence_Size(list);
 	if (count < 0)
 		return NULL;
-	if (count > 16) {
+	if (count > SPAWN_MAX_FDS) {
 		PyErr_SetString(PyExc_ValueError, "spawn: at most 16 descriptors");
 		return NULL;
 	}
-	int fds[16];
+	int fds[SPAWN_MAX_FDS];
 	for (Py_ssize_t i = 0; i < count; i++) {
 		PyObject *item = PySequence_GetItem(list, i);
 		if (!item)
@@ -154,24 +108,9 @@ static PyObject *sys_spawn(PyObject *self, PyObject *args)
 			return NULL;
 	}
 	char *argv[] = {(char *)name, NULL};
-	char *envp[] = {NULL};
-	struct plan plan = {exe, argv, envp, fds, (int)count, 0};
-	/* With every signal blocked no Python handler can run on the shared stack of the child. */
-	unsigned long all = ~0UL, old = 0;
-	syscall(SYS_rt_sigprocmask, SIG_BLOCK, &all, &old, 8);
-	static _Alignas(16) char stack[16384];
-	pid_t pid = clone(child, stack + sizeof stack, CLONE_VM | CLONE_VFORK | SIGCHLD | (int)flags, &plan);
-	int saved = errno;
-	syscall(SYS_rt_sigprocmask, SIG_SETMASK, &old, NULL, 8);
-	if (pid < 0) {
-		errno = saved;
+	pid_t pid = spawn(exe, argv, fds, (int)count, (int)flags);
+	if (pid < 0)
 		return os_error();
-	}
-	if (plan.error) {
-		waitpid(pid, NULL, 0);
-		errno = plan.error;
-		return os_error();
-	}
 	return PyLong_FromLong(pid);
 }
 

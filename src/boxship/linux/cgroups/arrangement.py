@@ -174,3 +174,9 @@ def prepare() -> None:
     """Find out now what would be found out at the first use: for a server that forks its workers."""
     arrangement()
     in_user_namespace()
+
+
+def forget() -> None:
+    """Look again at the next call of `arrangement`: a mount came or went."""
+    global _known
+    _known = None

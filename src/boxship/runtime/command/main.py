@@ -190,5 +190,7 @@ def main() -> int:
     from boxship.runtime.parent import Direct
 
     failpoint.load()
-    argv = [sys.argv[0], *sys.argv[1:]]
-    return Invocation(argv, Direct(), dict(os.environ), os.getcwd()).run()
+    environ = dict(os.environ)
+    argv0 = environ.pop("BOXRUN_ARGV0", sys.argv[0])
+    environ.pop("BOXRUN_WARM_SOCKET", None)
+    return Invocation([argv0, *sys.argv[1:]], Direct(), environ, os.getcwd()).run()

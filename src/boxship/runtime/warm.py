@@ -1,0 +1,387 @@
+"""The warm server of boxrun, and the workers that it forks: one for each command.
+
+Runs in: the *server*, one a user, identity and set of namespaces: single-threaded, everything imported, its heap frozen.
+It keeps a few workers that wait on the listening socket already, so that not even the fork is on a command's way. A
+*worker* serves one call of the native boxrun (`src/native/boxrun.c`, where the messages are drawn) and ends.
+The server starts by itself after a command that had to do without it, and ends after `IDLE_S` without one.
+
+What the caller is, and the worker cannot be, it asks the caller to do: children are spawned by the caller's process, so
+that they inherit its limits, session, cgroups and place in the tree of processes.
+
+Invariants: a worker acts only for a caller with its own user, capabilities, confinement and namespaces (`_same_identity`),
+and only with code that is still what is installed (`_stale`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import time
+from _struct import Struct
+
+import _socket
+
+from boxship.kit.errors import BoxshipError, Unavailable
+from boxship.linux import remote
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+IDLE_S = 300.0
+WORKERS = 3
+_WORD = Struct("=iiii")
+_VERSION = 1
+_SPAWN, _WAIT, _FDS, _ATTEND, _EXIT = 1, 2, 3, 4, 5
+_REPLY, _WINDOW, _ENDED = 0, 1, 2
+_FIELDS = (b"\nUid:", b"\nGid:", b"\nCapEff:", b"\nCapBnd:", b"\nNoNewPrivs:", b"\nSeccomp:")
+_KINDS = ("mnt", "pid", "net", "user", "uts", "ipc", "cgroup", "time")
+
+
+class CallerGone(Unavailable):
+    """The native process ended before its command did."""
+
+    def __init__(self) -> None:
+        super().__init__("the calling boxrun process was killed")
+
+
+class Caller:
+    """The native process at the other end, as the parent of containers (see `boxship.runtime.parent.Parent`)."""
+
+    def __init__(self, conn: _socket.socket, stdio: Sequence[int], pid: int) -> None:
+        self.conn = conn
+        self.stdio = stdio
+        self.pid = pid
+
+    def ask(self, what: int, a: int = 0, b: int = 0, fds: Sequence[int] = ()) -> None:
+        """Send a word. Raises CallerGone."""
+        rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, Struct(f"={len(fds)}i").pack(*fds))] if fds else []
+        try:
+            self.conn.sendmsg([_WORD.pack(what, a, b, 0)], rights)
+        except (BrokenPipeError, ConnectionResetError):
+            raise CallerGone from None
+
+    def answer(self, descriptors: int = 0) -> tuple[int, int, int, list[int]]:
+        """(kind, two numbers, descriptors) of the next word. Raises CallerGone."""
+        try:
+            data, ancillary, _, _ = self.conn.recvmsg(_WORD.size, _socket.CMSG_SPACE(4 * (descriptors or 1)), _socket.MSG_CMSG_CLOEXEC)
+        except ConnectionResetError:
+            raise CallerGone from None
+        if len(data) != _WORD.size:
+            raise CallerGone
+        fds = [int.from_bytes(part[i : i + 4], "little") for _, _, part in ancillary for i in range(0, len(part), 4)]
+        kind, a, b, _ = _WORD.unpack(data)
+        return kind, a, b, fds
+
+    def spawn(self, exe: int, name: str, stdio: Sequence[int], clone_flags: int) -> remote.Remote:
+        """See `Parent`."""
+        ours, theirs, memory = remote.channel()
+        try:
+            self.ask(_SPAWN, clone_flags, 0, [exe, *stdio, theirs, memory])
+        finally:
+            os.close(theirs)
+        _, pid, _, _ = self.answer()
+        if pid < 0:
+            os.close(ours)
+            os.close(memory)
+            raise OSError(-pid, os.strerror(-pid), f"clone {name}")
+        return remote.Remote(pid, ours, memory)
+
+    def wait(self, pid: int) -> int:
+        """See `Parent`."""
+        self.ask(_WAIT, pid)
+        _, error, status, _ = self.answer()
+        if error < 0:
+            raise OSError(-error, os.strerror(-error))
+        return status
+
+    def attend(self, pid: int, terminal: int) -> int:
+        """See `Parent`."""
+        from boxship.linux.process import exit_code
+
+        if terminal < 0:
+            self.ask(_ATTEND, pid)
+            _, status, _, _ = self.answer()
+            return exit_code(status)
+        from boxship.linux.terminal import Session
+
+        session = Session(terminal, self.stdio[0], self.stdio[1])
+        try:
+            self.ask(_ATTEND, pid, 1)
+            poll = select.poll()
+            poll.register(self.conn, select.POLLIN)
+            while True:
+                session.register(poll)
+                ready = dict(poll.poll())
+                session.copy(ready)
+                if self.conn.fileno() in ready:
+                    kind, status, _, _ = self.answer()
+                    if kind == _ENDED:
+                        return exit_code(status)
+                    session.resize()
+        finally:
+            session.close()
+
+    def inherited(self, count: int) -> list[int]:
+        """See `Parent`."""
+        self.ask(_FDS, count)
+        _, error, _, fds = self.answer(count)
+        if error < 0:
+            raise OSError(-error, os.strerror(-error))
+        return fds
+
+
+def launch(path: str) -> None:
+    """Start a server on the socket `path` in the background, detached from the caller in every way, and return at once."""
+    import sys
+
+    pid = os.fork()
+    if pid:
+        os.waitpid(pid, 0)
+        return
+    # The child does nothing that could go wrong half-way: it becomes another program or ends.
+    try:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        null = os.open("/dev/null", os.O_RDWR)
+        for fd in range(3):
+            os.dup2(null, fd)
+        os.closerange(3, 4096)
+        os.chdir("/")
+        environment = {k: v for k, v in os.environ.items() if k in ("LANG", "XDG_RUNTIME_DIR")}
+        environment["PATH"] = "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/local/bin"
+        os.execve(sys.executable, [sys.executable, "-I", "-m", "boxship.runtime.warm", path], environment)
+    finally:
+        os._exit(127)
+
+
+def serve(path: str) -> None:
+    """The server's life. Returns when it was idle long enough, or when another one has the place."""
+    import fcntl
+
+    folder = os.path.dirname(path)
+    os.makedirs(os.path.dirname(folder), 0o711, exist_ok=True)
+    os.makedirs(folder, 0o700, exist_ok=True)
+    os.umask(0o077)
+    lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    _warm_up()
+    listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0)
+    if os.path.lexists(path):
+        os.unlink(path)
+    listener.bind(path)
+    listener.listen(128)
+    try:
+        _keep_workers(listener)
+    finally:
+        os.unlink(path)
+        os.unlink(path + ".lock")
+
+
+def _warm_up() -> None:
+    """Import and prepare what commands need, then freeze the heap: pages stay shared with the workers."""
+    import gc
+
+    import fcntl  # noqa: F401
+    import importlib
+    import pwd  # noqa: F401
+    import signal  # noqa: F401
+
+    for name in (
+        "oci.config", "oci.validate", "oci.text", "linux.seccomp", "linux.capabilities", "linux.cgroups", "linux.cgroups.v1",
+        "linux.cgroups.v2", "linux.idmaps", "linux.keyring", "linux.lsm", "linux.mounts", "linux.namespaces", "linux.process",
+        "linux.rlimits", "linux.scheduler", "linux.terminal", "runtime.create", "runtime.exec", "runtime.hooks",
+        "runtime.lifecycle", "runtime.resources", "runtime.sources", "runtime.stats", "runtime.command.main",
+        "runtime.command.commands", "runtime.command.table",
+    ):
+        importlib.import_module("boxship." + name)
+    from boxship.linux import capabilities
+    from boxship.linux.cgroups import arrangement
+    from boxship.runtime.executor import executor
+
+    executor()
+    capabilities.last_cap()
+    arrangement.prepare()
+    _remember_files()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+
+
+_files: list[tuple[str, int, int]] = []
+
+
+def _remember_files() -> None:
+    import sys
+
+    for module in list(sys.modules.values()):
+        path = getattr(module, "__file__", None)
+        if path and module.__name__.startswith("boxship"):
+            info = os.stat(path)
+            _files.append((path, info.st_mtime_ns, info.st_ino))
+
+
+def _stale() -> bool:
+    """Whether the package was upgraded or edited since."""
+    try:
+        for path, mtime, inode in _files:
+            info = os.stat(path)
+            if info.st_mtime_ns != mtime or info.st_ino != inode:
+                return True
+    except OSError:
+        return True
+    return False
+
+
+def _keep_workers(listener: _socket.socket) -> None:
+    """Fork workers as they are taken, reap them, and end when idle or stale."""
+    taken, tell = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    waiting: set[int] = set()
+    busy: set[int] = set()
+    last = time.monotonic()
+    poll = select.poll()
+    poll.register(taken, select.POLLIN)
+    while True:
+        while len(waiting) < WORKERS:
+            waiting.add(_fork_worker(listener, tell))
+        poll.poll(1000 if busy else 10000)
+        stale = False
+        try:
+            data = os.read(taken, 4096)
+        except BlockingIOError:
+            data = b""
+        for i in range(0, len(data), 4):
+            pid = int.from_bytes(data[i : i + 4], "little", signed=True)
+            stale = stale or pid < 0
+            waiting.discard(abs(pid))
+            busy.add(abs(pid))
+            last = time.monotonic()
+        while True:
+            try:
+                pid, _ = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if pid == 0:
+                break
+            busy.discard(pid)
+            waiting.discard(pid)
+        if stale or (not busy and time.monotonic() - last > IDLE_S):
+            for pid in waiting:
+                os.kill(pid, 9)
+            return
+
+
+def _fork_worker(listener: _socket.socket, tell: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    # The worker: whatever happens, it ends here and never goes on as a second server.
+    code = 1
+    try:
+        code = _work(listener, tell)
+    finally:
+        os._exit(code)
+
+
+def _work(listener: _socket.socket, tell: int) -> int:
+    from boxship.linux.cgroups import arrangement
+
+    # Woken when a mount of ours comes or goes: the hierarchies may be others then.
+    mounts = os.open("/proc/self/mounts", os.O_RDONLY | os.O_CLOEXEC)
+    parent = os.getppid()
+    while True:
+        # Not for ever: a worker whose server was killed is nobody's.
+        watch = select.poll()
+        watch.register(listener, select.POLLIN)
+        if not watch.poll(5000):
+            if os.getppid() != parent:
+                return 0
+            continue
+        listener.setblocking(False)
+        try:
+            fd, _ = listener._accept()
+        except BlockingIOError:
+            continue  # another worker was faster
+        break
+    conn = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd)
+    conn.setblocking(True)
+    old = _stale()
+    os.write(tell, (-os.getpid() if old else os.getpid()).to_bytes(4, "little", signed=True))
+    if old:
+        return 0
+    changed = select.poll()
+    changed.register(mounts, select.POLLPRI)
+    if changed.poll(0):
+        arrangement.forget()
+    return _serve_one(conn)
+
+
+def _identity(pid: int | str) -> list[object]:
+    found: list[object] = [os.stat(f"/proc/{pid}/ns/{kind}").st_ino for kind in _KINDS]
+    fd = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        status = os.read(fd, 4096)
+    finally:
+        os.close(fd)
+    for field in _FIELDS:
+        start = status.find(field)
+        found.append(status[start : status.find(b"\n", start + 1)] if start >= 0 else b"")
+    return found
+
+
+def _serve_one(conn: _socket.socket) -> int:
+    from boxship.runtime.command.main import Invocation
+
+    credentials = conn.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
+    pid = int.from_bytes(credentials[:4], "little")
+    if _identity(pid) != _identity("self"):
+        return 0  # it does the work itself, with what it may
+    data, ancillary, _, _ = conn.recvmsg(_WORD.size, _socket.CMSG_SPACE(4 * 5), _socket.MSG_CMSG_CLOEXEC)
+    fds = [int.from_bytes(part[i : i + 4], "little") for _, _, part in ancillary for i in range(0, len(part), 4)]
+    if len(data) != _WORD.size or len(fds) != 5:
+        return 0
+    version, argc, envc, umask = _WORD.unpack(data)
+    if version != _VERSION:
+        return 0
+    *stdio, folder, strings = fds
+    size = os.fstat(strings).st_size
+    text = os.pread(strings, size, 0).split(b"\0")
+    os.close(strings)
+    argv = [os.fsdecode(part) for part in text[:argc]]
+    environ = dict(part.split("=", 1) for part in map(os.fsdecode, text[argc : argc + envc]) if "=" in part)
+    os.umask(umask)
+    os.fchdir(folder)
+    os.close(folder)
+    try:
+        cwd = os.getcwd()
+    except FileNotFoundError:
+        cwd = "/"
+    caller = Caller(conn, stdio, pid)
+    code = Invocation(argv, caller, environ, cwd).run()
+    try:
+        caller.ask(_EXIT, code)
+    except CallerGone:
+        return 1
+    return 0
+
+
+def main() -> None:
+    """`python -m boxship.runtime.warm SOCKET`."""
+    import sys
+
+    try:
+        serve(sys.argv[1])
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.ENOSPC):
+            raise
+    except BoxshipError:
+        pass  # a machine on which it cannot be warm; commands tell what is wrong with it
+
+
+if __name__ == "__main__":
+    main()
