@@ -10,10 +10,11 @@ Runs in: every process of the thin set.
         uid_mappings: list[IDMapping] = []
 
 A field can be str, bool, float, object (any JSON value), the integers below, another structure, `list[T]`,
-`dict[str, T]`, any of them `| None`, and a *choice*: an alias of str whose allowed values the module of the class
-lists in its dictionary `CHOICES`. The name on the wire is the field's in camelCase (a trailing `_` is dropped),
-unless the class's table `_wire` has another. `null` counts as absent. Members that no field names are kept in
-`extra` and written back. Fields in `_always` are written also when they hold their default, all required ones are too.
+`dict[str, T]`, any of them `| None`, and an alias of str that the module of the class has in its dictionary
+`CHOICES` (the values that are allowed) or `CHECKS` (a function that raises InvalidArgument). The name on the wire is
+the field's in camelCase (a trailing `_` is dropped), unless the class's table `_wire` has another. `null` counts as
+absent. Members that no field names are kept in `extra` and written back. A field that holds its default is not
+written, unless it is required or in `_always`.
 
 A class's annotations are turned into decoders when its first object is decoded, so that importing a module of
 structures costs nothing, and a configuration pays for the structures that it uses. Errors find their JSON path
@@ -46,11 +47,12 @@ u32 = int
 u64 = int
 i32 = int
 i64 = int
+size64 = int
 
 _INTEGERS = {
     "u8": (0, 0xFF), "u16": (0, 0xFFFF), "u32": (0, 0xFFFFFFFF), "u64": (0, 0xFFFFFFFFFFFFFFFF),
     "i32": (-0x80000000, 0x7FFFFFFF), "i64": (-0x8000000000000000, 0x7FFFFFFFFFFFFFFF),
-    "int": (-0x8000000000000000, 0x7FFFFFFFFFFFFFFF),
+    "size64": (0, 0x7FFFFFFFFFFFFFFF), "int": (-0x8000000000000000, 0x7FFFFFFFFFFFFFFF),
 }
 
 ZERO: Any = object()
@@ -160,6 +162,19 @@ def _choice(choice: Choice, optional: bool = False) -> Decoder:
     return decode
 
 
+def _checked(check: Callable[[str], None]) -> Decoder:
+    def decode(value: object) -> object:
+        if type(value) is not str:
+            raise _Invalid(f"expected a string, got {_show(value)}")
+        try:
+            check(value)
+        except InvalidArgument as error:
+            raise _Invalid(f"{error}: {_quote(value)}") from None
+        return value
+
+    return decode
+
+
 def _strings(value: object) -> object:
     if type(value) is not list:
         raise _Invalid(f"expected a list, got {_show(value)}")
@@ -233,6 +248,9 @@ def _resolve(annotation: str, module: str) -> Decoder:
     choice = names.get("CHOICES", {}).get(annotation)
     if choice is not None:
         return _choice(choice)
+    check = names.get("CHECKS", {}).get(annotation)
+    if check is not None:
+        return _checked(check)
     found = names[annotation]
     if isinstance(found, type) and issubclass(found, Struct):
         return _nested(found)
