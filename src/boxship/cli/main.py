@@ -47,26 +47,28 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     if first in ("--help", "-h", "help"):
         os.write(1, HELP.encode())
         return 0
-    if first == "run":
-        return _run(arguments[1:], environ)
-    if first == "doctor":
-        from boxship.cli.doctor import doctor
-
-        return doctor(arguments[1:])
+    if first in ("run", "doctor"):
+        return _command(first, arguments[1:], environ)
     kind = "unknown flag: " if first.startswith("-") else "unknown command: boxship "
     say(f"{kind}{first}\n\nRun 'boxship --help' for more information")
     return 125 if first.startswith("-") else 1
 
 
-def _run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
+def _command(name: str, arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     from boxship.cli.flags import UsageError
-    from boxship.cli.run import OWN_FAILURE, run
     from boxship.kit.errors import BoxshipError
 
+    failure = 125 if name == "run" else 1
     try:
-        return run(arguments, environ, say)
+        if name == "run":
+            from boxship.cli.run import run
+
+            return run(arguments, environ, say)
+        from boxship.cli.doctor import doctor
+
+        return doctor(arguments, say)
     except UsageError as error:
-        say(f"{error}\n\nRun 'boxship run --help' for more information")
+        say(f"{error}\n\nRun 'boxship {name} --help' for more information")
     except BoxshipError as error:
         say(str(error))
     except KeyboardInterrupt:
@@ -74,4 +76,4 @@ def _run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         say(f"{(error.strerror or str(error)).lower()}{where}")
-    return OWN_FAILURE
+    return failure

@@ -137,10 +137,11 @@ class Run:
 
     def _choose_maps(self, kind: str) -> None:
         from boxship.cli import idmap
+        from boxship.linux.probe import bare_user_namespace
 
         if self.rootless:
             self.maps = idmap.caller(self.environ, os.geteuid(), os.getegid())
-        elif kind != "bundle" and idmap.available():
+        elif kind != "bundle" and bare_user_namespace():
             self.maps = idmap.identity()
 
     def _image(self, kind: str, path: str) -> dict[str, Any]:
@@ -185,7 +186,7 @@ class Run:
             cpu=values.cpus(cpus) if cpus else None, pids=values.pids(pids) if pids else None,
         )
         if kind != image.BUNDLE and not self.rootless:
-            config["linux"]["cgroupsPath"] = f"/boxship/{self.id}"
+            config["linux"]["cgroupsPath"] = f"/boxship-{self.id}"
 
     def _network_and_name(self, kind: str, config: dict[str, Any]) -> None:
         from boxship.cli import spec as specs

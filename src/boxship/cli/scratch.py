@@ -126,14 +126,25 @@ class Scratch:
         os.mkdir(upper, 0o700)
         os.mkdir(work, 0o700)
         os.chmod(upper, stat.S_IMODE(status.st_mode))
-        if os.geteuid() == 0 and (status.st_uid or status.st_gid):
-            try:
-                os.chown(upper, status.st_uid, status.st_gid)
-            except OSError as error:
-                # In a user namespace that does not map the owner: the container's root owns it, as it could not otherwise.
-                if error.errno not in (errno.EINVAL, errno.EPERM):
-                    raise
+        if os.geteuid() == 0:
+            if status.st_uid or status.st_gid:
+                _give(upper, status.st_uid, status.st_gid)
+        else:
+            self._own_folders(lower, upper)
         return link, upper, work
+
+    def _own_folders(self, lower: str, upper: str, deeper: str = "local") -> None:
+        # What belongs to an id that the container does not have, not even its root may change. The folders of a layer take
+        # their owner from the upper one, so these, and those in local/, become the caller's: in them files can be
+        # made, removed and replaced.
+        with os.scandir(lower) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    own = f"{upper}/{entry.name}"
+                    os.mkdir(own, 0o700)
+                    os.chmod(own, stat.S_IMODE(entry.stat(follow_symlinks=False).st_mode))
+                    if entry.name == deeper and os.access(entry.path, os.R_OK | os.X_OK):
+                        self._own_folders(entry.path, own, "")
 
     def remove(self, delete_as_root: Callable[[str], None] | None = None) -> None:
         """Remove the folder. `delete_as_root` is called with its path when files of other ids of the container are left."""
@@ -147,6 +158,15 @@ class Scratch:
             if self._fd >= 0:
                 os.close(self._fd)
                 self._fd = -1
+
+
+def _give(path: str, uid: int, gid: int) -> None:
+    try:
+        os.chown(path, uid, gid)
+    except OSError as error:
+        # In a user namespace that does not map the owner: the container's root owns it, as it could not otherwise.
+        if error.errno not in (errno.EINVAL, errno.EPERM):
+            raise
 
 
 def make(places: Iterable[str], run_id: str) -> Scratch:

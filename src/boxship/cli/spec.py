@@ -33,7 +33,8 @@ _PLAIN = ["nosuid", "noexec", "nodev"]
 def mounts(*, devpts_group: bool, sysfs: bool, cgroup: bool) -> list[dict[str, Any]]:
     """The kernel's own file systems.
 
-    `devpts_group`: the container has the group tty (5). `sysfs`: a new one may be mounted; otherwise the host's is bound.
+    `devpts_group`: the container has the group tty (5). `sysfs`: a new one may be mounted; otherwise the host's is bound, with the
+    container's own cgroups over the host's.
     """
     pts = ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", *(["gid=5"] if devpts_group else [])]
     sys: dict[str, Any] = {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": [*_PLAIN, "ro"]}
@@ -47,7 +48,7 @@ def mounts(*, devpts_group: bool, sysfs: bool, cgroup: bool) -> list[dict[str, A
         {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": list(_PLAIN)},
         {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": [*_PLAIN, "mode=1777", "size=65536k"]},
     ]
-    if cgroup and sysfs:
+    if cgroup:
         result.insert(4, {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": [*_PLAIN, "relatime", "ro"]})
     return result
 

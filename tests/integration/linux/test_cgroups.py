@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+
 from boxship.kit.errors import BoxshipError, FailedPrecondition, InvalidArgument, NotFound
 from boxship.linux.cgroups import Cgroup, DeviceRule, Limits
 from boxship.linux.cgroups.arrangement import arrangement
@@ -66,7 +67,7 @@ def inside(group: Cgroup, *command: str, **options: object) -> subprocess.Popen[
             os.write(fd, b"0")
 
     try:
-        return subprocess.Popen(command, preexec_fn=enter, stdout=subprocess.PIPE, **options)  # type: ignore[call-overload, no-any-return]
+        return subprocess.Popen(command, preexec_fn=enter, stdout=subprocess.PIPE, **options)  # type: ignore  # noqa: PGH003, PLW1509
     finally:
         for fd in fds:
             os.close(fd)
@@ -159,7 +160,8 @@ def test_kill_reaches_all_below_even_when_frozen(group: Cgroup) -> None:
 
 def test_kill_sends_any_signal(group: Cgroup) -> None:
     group.create(Limits())
-    with inside(group, "sh", "-c", "trap 'echo got; exit 3' TERM; echo; while :; do read x; done", stdin=subprocess.PIPE) as process:
+    script = "trap 'echo got; exit 3' TERM; echo; while :; do read x; done"
+    with inside(group, "sh", "-c", script, stdin=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
         group.kill(signal.SIGTERM)
@@ -232,7 +234,7 @@ def test_a_process_may_enter_a_group_below(group: Cgroup) -> None:
         os.close(fd)
     with pytest.raises(InvalidArgument, match="bad sub cgroup path"):
         group.sub("..")
-    with pytest.raises(NotFound, match="nonexistent.*no such file or directory"):
+    with pytest.raises(NotFound, match=r"nonexistent.*no such file or directory"):
         group.sub("nonexistent")
 
 
@@ -459,7 +461,8 @@ def test_v1_statistics(group: Cgroup) -> None:
     limits.memory_limit, limits.pids_limit = 64 << 20, 7
     group.create(limits)
     group.apply(limits)
-    with inside(group, "sh", "-c", "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done; echo; read x", stdin=subprocess.PIPE) as process:
+    script = "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done; echo; read x"
+    with inside(group, "sh", "-c", script, stdin=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
         from boxship.runtime.stats import describe

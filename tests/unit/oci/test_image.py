@@ -166,7 +166,7 @@ def test_embedded_content_is_verified() -> None:
 
 @pytest.mark.parametrize(
     "good",
-    [SHA, "sha384:" + "0" * 96, "sha512:" + "f" * 128, "multihash+base58:QmRZxt2b1FVZPNqd8hsiykDL3TdB", "blake3:ab", "a.b-c_d:=_-"],
+    [SHA, "sha384:" + "0" * 96, "sha512:" + "f" * 128, "multihash+base58:QmRZxt2b1FVZPN", "blake3:ab", "a.b-c_d:=_-"],
 )
 def test_digests(good: str) -> None:
     assert digest.split(good) == tuple(good.split(":", 1))

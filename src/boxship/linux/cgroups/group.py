@@ -12,6 +12,7 @@ from boxship.linux.cgroups.arrangement import arrangement, systemd_runs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Self
 
     from boxship.linux.cgroups.limits import Limits
@@ -55,9 +56,10 @@ class Cgroup:
         needs_pid: the group comes to be by `add` of the first process, not by `create` (systemd's scopes).
         v2_path: the directory in the unified hierarchy, "" where there is none.
         properties: further unit properties for systemd, as (name, D-Bus signature, value).
+        environ: where a user's bus is looked up; None for this process's own environment.
     """
 
-    __slots__ = ("explicit", "fresh", "properties", "rootless", "v2_path")
+    __slots__ = ("environ", "explicit", "fresh", "properties", "rootless", "v2_path")
 
     driver = "cgroupfs"
     needs_pid = False
@@ -68,10 +70,12 @@ class Cgroup:
         self.fresh = False
         self.v2_path = ""
         self.properties: list[tuple[str, str, object]] = []
+        self.environ: Mapping[str, str] | None = None
 
     @classmethod
     def plan(
-        cls, cgroups_path: str, container_id: str, *, systemd: bool, rootless: bool, caller: int = 0
+        cls, cgroups_path: str, container_id: str, *, systemd: bool, rootless: bool, caller: int = 0,
+        environ: Mapping[str, str] | None = None,
     ) -> Cgroup | None:
         """Where a container's group will be, without making anything.
 
@@ -86,7 +90,7 @@ class Cgroup:
                 raise Unsupported("systemd not running on this host, cannot use systemd cgroups manager")
             from boxship.linux.cgroups.systemd import plan_unit
 
-            return plan_unit(cgroups_path, container_id, rootless=rootless)
+            return plan_unit(cgroups_path, container_id, rootless=rootless, environ=environ)
         inner = clean(cgroups_path) or clean(container_id)
         if not inner:
             raise InvalidArgument("cgroup path must not be empty")

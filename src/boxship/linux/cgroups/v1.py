@@ -98,13 +98,17 @@ class V1Group(Cgroup):
         """See `Cgroup`."""
         if limits.unified:
             raise InvalidArgument("invalid configuration: cannot use unified on cgroup v1")
+        self.make(limits)
+
+    def make(self, limits: Limits, *, check: bool = True) -> None:
+        """`create`; without `check` the group may have processes already."""
         self.fresh = True
         done: dict[str, OSError | None] = {}
         for name, directory in list(self.paths.items()):
             if directory not in done:
                 done[directory] = None
                 try:
-                    self._make(name, directory, limits)
+                    self._make(name, directory, check=check)
                 except OSError as error:
                     done[directory] = error
             failed = done[directory]
@@ -121,7 +125,15 @@ class V1Group(Cgroup):
                 raise explain(failed)
         self.v2_path = self.paths.get(UNIFIED, "")
 
-    def _make(self, name: str, directory: str, limits: Limits) -> None:
+    def check_unused(self) -> None:
+        """Raises FailedPrecondition when there are processes in the group, or it is frozen."""
+        present = self.pids()
+        if present:
+            raise not_empty(len(present))
+        if self.frozen():
+            raise unexpectedly_frozen()
+
+    def _make(self, name: str, directory: str, *, check: bool) -> None:
         try:
             os.mkdir(directory, 0o755)
             return
@@ -129,12 +141,8 @@ class V1Group(Cgroup):
             pass
         except FileExistsError:
             self.fresh = False
-            if name == "devices":
-                present = self.pids()
-                if present:
-                    raise not_empty(len(present)) from None
-            elif name == "freezer" and self.frozen():
-                raise unexpectedly_frozen() from None
+            if check and name in ("devices", "freezer"):
+                self.check_unused()
             return
         except OSError as error:
             raise files.failure(error, "mkdir", directory) from None

@@ -79,7 +79,7 @@ class V2Group(Cgroup):
     def create(self, limits: Limits) -> None:
         """See `Cgroup`."""
         try:
-            self._make(limits)
+            self.make(limits)
         except OSError as error:
             if not self.rootless or self.explicit or not refused(error):
                 raise explain(error) from None
@@ -96,8 +96,11 @@ class V2Group(Cgroup):
             for name in limits.wanted() if name in ("pids", "memory", "blkio", "cpu", "cpuset", "hugetlb")
         )
 
-    def _make(self, limits: Limits) -> None:
-        """Make every directory on the way, with the controllers of the root enabled down to the last but one."""
+    def make(self, limits: Limits, *, check: bool = True) -> None:
+        """Make every directory on the way, with the controllers of the root enabled down to the last but one.
+
+        With `check` the last one must be unused if it is there already. Raises OSError, FailedPrecondition.
+        """
         top = mountpoint()
         controllers = files.read(top + "/cgroup.controllers").split()
         self._enable(top, controllers)
@@ -112,8 +115,8 @@ class V2Group(Cgroup):
                     os.mkdir(current, 0o755)
                     made.append(current)
                 except FileExistsError:
-                    if last:
-                        self._check_unused()
+                    if last and check:
+                        self.check_unused()
                 except OSError as error:
                     raise failure(error, "mkdir", current) from None
                 self._check_type(current, limits)
@@ -140,7 +143,8 @@ class V2Group(Cgroup):
                 except OSError:
                     pass
 
-    def _check_unused(self) -> None:
+    def check_unused(self) -> None:
+        """Raises FailedPrecondition when there are processes in the group, or it is frozen."""
         present = self.pids()
         if present:
             raise not_empty(len(present))

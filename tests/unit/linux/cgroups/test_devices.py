@@ -5,12 +5,13 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from boxship.kit.errors import InvalidArgument
 from boxship.linux.cgroups import DeviceRule
 from boxship.linux.cgroups.bpf import compile_rules
 from boxship.linux.cgroups.devices import parse_list, reduce_rules, transition
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def rule(text: str) -> DeviceRule:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from boxship.kit.errors import InvalidArgument
-from boxship.linux.cgroups.group import below, clean
 from hypothesis import given
 from hypothesis import strategies as st
+
+from boxship.kit.errors import InvalidArgument
+from boxship.linux.cgroups.group import below, clean
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from boxship.kit.errors import InvalidArgument
 from boxship.linux.cgroups import DeviceRule, Limits
 from boxship.linux.cgroups.limits import bitmap, cpu_weight, io_weight, pids_max, swap_only
