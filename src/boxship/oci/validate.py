@@ -10,6 +10,8 @@ root file system is there, that a path is a namespace, that the kernel has SELin
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from boxship.kit.errors import InvalidArgument
 from boxship.oci.text import dumps as _quote
 
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 MAX_CPU = 65536
 """The highest CPU or memory node in a list; the kernel's own limit is lower."""
+
+MAX_MAPPINGS = 340
+"""Lines of /proc/PID/uid_map (UID_GID_MAP_MAX_EXTENTS, Linux 4.15)."""
 
 MOUNT_OPTIONS = frozenset((
     "async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "idmap", "iversion",
@@ -198,21 +203,23 @@ def _id_mappings(linux: Linux, namespaces: dict[str, str]) -> None:
 
 
 def _ranges(mappings: list[IDMapping], path: str) -> None:
-    """What the kernel answers EINVAL to: ranges that are empty, too long, or overlap (user_namespaces(7))."""
+    """What the kernel answers EINVAL to: too many ranges, empty ones, too long ones, overlaps (user_namespaces(7))."""
+    if len(mappings) > MAX_MAPPINGS:
+        raise InvalidArgument(f"{path}: {len(mappings)} mappings, the kernel takes {MAX_MAPPINGS}")
     for index, mapping in enumerate(mappings):
-        where = f"{path}[{index}]"
         if mapping.size == 0:
-            raise InvalidArgument(f"{where}.size: must not be 0")
+            raise InvalidArgument(f"{path}[{index}].size: must not be 0")
         for wire, first in (("containerID", mapping.container_id), ("hostID", mapping.host_id)):
             if first + mapping.size > 0xFFFFFFFF:
-                raise InvalidArgument(f"{where}: {wire} {first} and size {mapping.size} reach beyond id 4294967294")
-        for number, other in enumerate(mappings[:index]):
-            for wire, first, second in (
-                ("containerID", mapping.container_id, other.container_id),
-                ("hostID", mapping.host_id, other.host_id),
-            ):
-                if first < second + other.size and second < first + mapping.size:
-                    raise InvalidArgument(f"{where}: the range of {wire} overlaps that of {path}[{number}]")
+                raise InvalidArgument(
+                    f"{path}[{index}]: {wire} {first} and size {mapping.size} reach beyond id 4294967294"
+                )
+    for wire, attribute in (("containerID", "container_id"), ("hostID", "host_id")):
+        starts = sorted((getattr(mapping, attribute), index) for index, mapping in enumerate(mappings))
+        for (first, before), (second, after) in pairwise(starts):
+            if second < first + mappings[before].size:
+                low, high = sorted((before, after))
+                raise InvalidArgument(f"{path}[{high}]: the range of {wire} overlaps that of {path}[{low}]")
 
 
 def host_id(mappings: list[IDMapping], inside: int) -> int | None:

@@ -220,6 +220,13 @@ def test_id_mappings_go_with_a_user_namespace_and_do_not_overlap(changes: dict[s
     assert refused(changes) == words
 
 
+def test_there_are_no_more_mappings_than_the_kernel_takes() -> None:
+    many = [{"containerID": 2 * index, "hostID": 3 * index, "size": 1} for index in range(341)]
+    assert warnings(USERNS | {"linux.uidMappings": many[:340]}) == []
+    words = refused(USERNS | {"linux.uidMappings": many})
+    assert words == "linux.uidMappings: 341 mappings, the kernel takes 340"
+
+
 def test_whole_range_of_ids_can_be_mapped_and_a_joined_namespace_needs_no_mappings() -> None:
     whole = [{"containerID": 0, "hostID": 0, "size": 2**32 - 1}]
     assert warnings(USERNS | {"linux.uidMappings": whole}) == []
