@@ -3,7 +3,7 @@
 Runs in: the runtime, in the host's network namespace, as root; single-threaded while it visits the other namespace.
 Spec: rtnetlink(7); runtime-spec 1.3.0, config-linux.md "Network Devices".
 
-    down ─► note addresses ─► one RTM_NEWLINK {index, new name, namespace} ─► in there: addresses, up
+    note addresses ─► down ─► one RTM_NEWLINK {index, new name, namespace} ─► in there: addresses, up
 
 Name and namespace change in one request, so that the device never stands under either name in the wrong place. MTU, MAC
 address and the like move along by themselves; addresses the kernel drops. When the namespace ends, the kernel gives
@@ -18,7 +18,7 @@ from _struct import Struct
 
 from boxship.abi import netlink as abi
 from boxship.abi.namespace import CLONE_NEWNET
-from boxship.kit.errors import BoxshipError, from_os_error
+from boxship.kit.errors import AlreadyExists, BoxshipError, NotFound, from_os_error
 from boxship.linux.namespaces import setns
 
 TYPE_CHECKING = False
@@ -58,24 +58,36 @@ def move(name: str, namespace: int, new_name: str = "", path: str = "") -> None:
     """
     new_name = new_name or name
     path = path or f"/proc/self/fd/{namespace}"
+    moving = f"fail to move network device {name} to network namespace {path}"
     here = _Route()
     try:
-        index = here.index(name, f"link not found for interface {name} on runtime namespace")
-        here.set_up(index, False, "fail to set link down")
-        addresses = here.addresses(index)
-        moving = f"fail to move network device {name} to network namespace {path}"
-        here.change(index, {abi.IFLA_IFNAME: _text(new_name), abi.IFLA_NET_NS_FD: _NUMBER.pack(namespace)}, moving)
+        there = _route_in(namespace)
+        try:
+            index = here.index(name)
+            if not index:
+                raise NotFound(f"link not found for interface {name} on runtime namespace: Link {name} not found")
+            if there.index(new_name):
+                # Asked first, because the kernel moves and then fails to rename.
+                raise AlreadyExists(f"{moving}: file exists")
+            # Before the device goes down, which costs it its IPv6 addresses.
+            addresses = here.addresses(index)
+            here.set_up(index, False, "fail to set link down")
+            here.change(index, {abi.IFLA_IFNAME: _text(new_name), abi.IFLA_NET_NS_FD: _NUMBER.pack(namespace)}, moving)
+            _settle(there, new_name, addresses, path)
+        finally:
+            there.close()
     finally:
         here.close()
-    there = _route_in(namespace)
-    try:
-        index = there.index(new_name, f"link not found for interface {new_name} on namespace {path} ")
-        for address in addresses:
-            if address.moves():
-                there.add(index, address, f"fail to set up address {describe(address)} on namespace {path}")
-        there.set_up(index, True, f"fail to set up interface {new_name} on namespace {path}")
-    finally:
-        there.close()
+
+
+def _settle(there: _Route, name: str, addresses: list[Address], path: str) -> None:
+    index = there.index(name)
+    if not index:
+        raise NotFound(f"link not found for interface {name} on namespace {path} : Link {name} not found")
+    for address in addresses:
+        if address.moves():
+            there.add(index, address, f"fail to set up address {describe(address)} on namespace {path}")
+    there.set_up(index, True, f"fail to set up interface {name} on namespace {path}")
 
 
 def _route_in(namespace: int) -> _Route:
@@ -127,16 +139,16 @@ class _Route:
         """Close the socket."""
         self._sock.close()
 
-    def index(self, name: str, doing: str) -> int:
-        """Of the device with that name."""
+    def index(self, name: str) -> int:
+        """Of the device with that name; 0 if there is none."""
         request = _LINK.pack(0, 0, 0, 0, 0) + _attribute(abi.IFLA_IFNAME, _text(name))
         try:
             for body in self._request(abi.RTM_GETLINK, 0, request):
                 return int(_LINK.unpack_from(body)[2])
         except OSError as error:
             if error.errno != errno.ENODEV:
-                raise from_os_error(error, doing) from None
-        raise from_os_error(OSError(errno.ENODEV, f"Link {name} not found"), doing.rstrip())
+                raise from_os_error(error, f"fail to look up network device {name}") from None
+        return 0
 
     def set_up(self, index: int, up: bool, doing: str) -> None:
         """Administratively up or down."""
