@@ -205,7 +205,8 @@ def test_a_unit_is_started_and_its_job_awaited(systemd: Systemd) -> None:
     assert (method, name, mode, auxiliary) == ("StartTransientUnit", "boxrun-abc.scope", "replace", [])
     assert dict(sent) == {  # type: ignore[call-overload]
         "Description": Variant("s", "boxrun container abc"), "Slice": Variant("s", "system.slice"),
-        "Delegate": Variant("b", True), "PIDs": Variant("au", [42]), "MemoryAccounting": Variant("b", True), "CPUAccounting": Variant("b", True),
+        "Delegate": Variant("b", True), "PIDs": Variant("au", [42]),
+        "MemoryAccounting": Variant("b", True), "CPUAccounting": Variant("b", True),
         "IOAccounting": Variant("b", True), "TasksAccounting": Variant("b", True), "DefaultDependencies": Variant("b", False),
         "TasksMax": Variant("t", 5),
     }
