@@ -116,7 +116,7 @@ def exit_code(status: int) -> int:
 class Signals:
     """The signals of this process as bytes on a descriptor, while the object is open: for a loop that waits with poll(2).
 
-    Leaves alone what cannot be caught, what the interpreter needs, and SIGCHLD. Only in the main thread.
+    Leaves alone what cannot be caught, what a fault of our own would raise, and SIGCHLD. Only in the main thread.
     """
 
     def __init__(self) -> None:
@@ -125,7 +125,7 @@ class Signals:
         self.fd, self._write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._old: list[tuple[int, Callable[..., object] | int | None]] = []
         self._old_wakeup = _signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
-        kept = {_SIGCHLD, _SIGURG, _SIGPIPE, abi.SIGNALS["SIGKILL"], abi.SIGNALS["SIGSTOP"], 4, 5, 7, 8, 11}
+        kept = {_SIGCHLD, _SIGURG, _SIGPIPE, abi.SIGNALS["SIGKILL"], abi.SIGNALS["SIGSTOP"], 4, 5, 7, 8, 11, 31}
         for number in _signal.valid_signals():
             if number not in kept:
                 try:

@@ -361,29 +361,29 @@ class _Library:
                 self._check(self._arch_add(context, architecture), "error adding architecture to seccomp filter", errno.EEXIST)
             for flag in flags:
                 self._check(self._attr_set(context, _FLAGS[flag][0], 1), f"error adding {flag} to seccomp filter")
-            if len(calls) > 32:
-                # A binary tree instead of a list; not before, because up to 2.5.4 a tree of no rules is wrong. Older
+            self._check(self._attr_set(context, abi.SCMP_FLTATR_CTL_NNP, 0), "error setting no new privileges")
+            added = sum(self._add(context, default, call) for call in calls)
+            if added > 32:
+                # A binary tree instead of a list; not for few, because up to 2.5.4 a tree of no rules is wrong. Older
                 # libraries do not know the attribute, and need no answer.
                 self._attr_set(context, abi.SCMP_FLTATR_CTL_OPTIMIZE, 2)
-            self._check(self._attr_set(context, abi.SCMP_FLTATR_CTL_NNP, 0), "error setting no new privileges")
-            for call in calls:
-                self._add(context, default, call)
             return self._exported(context)
         finally:
             self._release(context)
 
-    def _add(self, context: int, default: int, call: _Call) -> None:
+    def _add(self, context: int, default: int, call: _Call) -> bool:
+        """Add the rules of one call; False when there is nothing to add."""
         if not call.name:
             raise _invalid("empty string is not a valid syscall")
         if call.action == default:
-            return
+            return False
         number = self.resolve(self.native, call.name.encode("utf-8", "surrogateescape"))
         if number == abi.NR_SCMP_ERROR:
-            return
+            return False
         if not call.conditions:
             result = self._rule_add(context, call.action, number, 0, None)
             self._check(result, f"error adding seccomp filter rule for syscall {call.name}")
-            return
+            return True
         packed = [_condition(call.name, *condition) for condition in call.conditions]
         indexes = {condition[0] for condition in call.conditions}
         # libseccomp takes one condition per argument. More of them become rules of their own, so that any one
@@ -392,6 +392,7 @@ class _Library:
         for group in groups:
             result = self._rule_add(context, call.action, number, len(group), b"".join(group))
             self._check(result, f"error adding seccomp rule for syscall {call.name}")
+        return True
 
     def _exported(self, context: int) -> bytes:
         # A memory file rather than a pipe: nobody has to read while libseccomp writes.

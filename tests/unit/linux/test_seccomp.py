@@ -215,6 +215,11 @@ def test_long_profiles_compile_into_a_tree_with_the_same_verdicts() -> None:
     assert verdict(code, PERSONALITY) == ERRNO(errno.EPERM)
 
 
+def test_a_long_profile_that_adds_nothing_is_its_default_action() -> None:
+    names = " ".join(f"no_such_call_{i}" for i in range(50))
+    assert verdict(program("ERRNO", rule(names, "ALLOW")), READ) == ERRNO(errno.EPERM)
+
+
 # Flags.
 
 
