@@ -10,14 +10,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from struct import Struct
 
 import pytest
 
-from boxship.abi import capability, namespace, syscalls
+from boxship.abi import capability, mount, namespace, syscalls
 from boxship.abi import process as abi
-from boxship.kit.errors import BoxshipError
-from boxship.linux import _sys, capabilities, idmaps, keyring, lsm, netdevice, rlimits, scheduler, seccomp
+from boxship.kit.errors import BoxshipError, InvalidArgument
+from boxship.linux import _sys, capabilities, idmaps, keyring, lsm, mounts, netdevice, rlimits, scheduler, seccomp
+from boxship.linux import namespaces as namespaces_of
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 
@@ -245,6 +247,86 @@ def wait_for_userns(pid: int) -> None:
 def test_the_kernels_refusal_is_reported() -> None:
     with pytest.raises(BoxshipError, match=r"^failed to use newuid map on \d+"):
         idmaps.write_id_maps(os.getpid(), [(0, 0, 1)], [], deny_setgroups=False)
+
+
+def test_an_unprivileged_caller_maps_its_subordinate_ids_with_the_helper_programs(tmp_path: Path) -> None:
+    if not (shutil.which("newuidmap") and shutil.which("newgidmap")):
+        pytest.skip("needs Debian's uidmap")
+    nobody = 65534
+    ranges = tmp_path / "ranges"
+    ranges.write_text(f"{nobody}:200000:1000\n")
+
+    def child() -> str:
+        # In a mount namespace of our own, where this is the machine's /etc/subuid and /etc/subgid.
+        _sys.syscall(syscalls.UNSHARE, namespace.CLONE_NEWNS)
+        mounts.mount(None, "/", None, mount.MS_REC | mount.MS_PRIVATE)
+        for name in ("subuid", "subgid"):
+            mounts.mount(str(ranges), f"/etc/{name}", None, mount.MS_BIND)
+        os.setgroups([])
+        os.setresgid(nobody, nobody, nobody)
+        os.setresuid(nobody, nobody, nobody)
+        with subprocess.Popen(["unshare", "-U", "cat"], stdin=subprocess.PIPE) as other:
+            wait_for_userns(other.pid)
+            found = idmaps.subordinate_ranges("/etc/subuid", "nobody", nobody)
+            wanted = idmaps.rootless_mappings(nobody, found)
+            idmaps.write_id_maps(other.pid, wanted, wanted, deny_setgroups=True)
+            text = "".join(Path(f"/proc/{other.pid}/{name}").read_text() for name in ("uid_map", "gid_map", "setgroups"))
+            other.communicate(b"")
+        return " ".join(text.split())
+
+    lines = f"0 {nobody} 1 1 200000 1000"
+    assert in_child(child) == f"{lines} {lines} allow"
+
+
+def test_an_unprivileged_caller_maps_itself_without_help() -> None:
+    nobody = 65534
+
+    def child() -> str:
+        os.setgroups([])
+        os.setresgid(nobody, nobody, nobody)
+        os.setresuid(nobody, nobody, nobody)
+        os.environ["PATH"] = "/nowhere"
+        with subprocess.Popen(["/usr/bin/unshare", "-U", "/bin/cat"], stdin=subprocess.PIPE) as other:
+            wait_for_userns(other.pid)
+            idmaps.write_id_maps(other.pid, [(0, nobody, 1)], [(0, nobody, 1)], deny_setgroups=True)
+            text = "".join(Path(f"/proc/{other.pid}/{name}").read_text() for name in ("uid_map", "gid_map", "setgroups"))
+            other.communicate(b"")
+        return " ".join(text.split())
+
+    assert in_child(child) == f"0 {nobody} 1 0 {nobody} 1 deny"
+
+
+# Namespaces.
+
+
+def test_a_namespace_file_is_what_it_is_taken_for(tmp_path: Path) -> None:
+    for kind, name in namespace.FILES.items():
+        fd = namespaces_of.open_namespace(f"/proc/self/ns/{name}", kind)
+        assert os.fstat(fd).st_ino == namespaces_of.identity(kind)
+        assert not os.get_inheritable(fd)
+        os.close(fd)
+    with pytest.raises(InvalidArgument, match="a pid namespace, not of type network"):
+        namespaces_of.open_namespace("/proc/self/ns/pid", "network")
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidArgument, match="not a namespace, not of type network"):
+        namespaces_of.open_namespace(str(tmp_path / "file"), "network")
+    with pytest.raises(InvalidArgument, match="no such file or directory"):
+        namespaces_of.open_namespace(str(tmp_path / "none"), "network")
+
+
+def test_a_process_is_followed_into_its_namespaces() -> None:
+    with subprocess.Popen(["unshare", "-u", "cat"], stdin=subprocess.PIPE) as other:
+        for _ in range(500):
+            if namespaces_of.identity("uts", other.pid) != namespaces_of.identity("uts"):
+                break
+            time.sleep(0.01)
+
+        def child() -> str:
+            namespaces_of.setns(os.pidfd_open(other.pid), namespace.CLONE_NEWUTS)
+            return str(namespaces_of.identity("uts") == namespaces_of.identity("uts", other.pid))
+
+        assert in_child(child) == "True"
+        other.communicate(b"")
 
 
 # Security modules.
