@@ -198,8 +198,25 @@ def test_a_group_with_processes_is_refused(group: Cgroup) -> None:
     group.create(Limits())
     with inside(group, "sleep", "100") as process:
         with pytest.raises(FailedPrecondition, match=r"container's cgroup is not empty: 1 process\(es\) found"):
-            Cgroup.decode(group.encode()).create(Limits())
+            again = Cgroup.decode(group.encode())
+            again.create(Limits())
+        # Who is refused must not do harm while it cleans up.
+        again.kill(signal.SIGKILL)
+        again.delete()
+        again.abandon()
+        assert process.poll() is None
+        assert group.pids() == [process.pid]
         process.kill()
+
+
+def test_abandoning_undoes_a_creation_however_far_it_came(group: Cgroup) -> None:
+    group.abandon()
+    group.create(Limits())
+    with inside(group, "sleep", "100") as process:
+        group.abandon()
+        assert process.wait(5) == -signal.SIGKILL
+    assert not group.exists()
+    group.abandon()
 
 
 def test_a_frozen_group_is_refused(group: Cgroup) -> None:
@@ -550,6 +567,32 @@ def test_a_process_can_be_cloned_into_v2(v2: V2Group) -> None:
     fd = v2.clone_fd()
     assert os.readlink(f"/proc/self/fd/{fd}") == v2.v2_path
     os.close(fd)
+
+
+@needs_v2
+def test_exec_follows_init_out_of_a_group_that_takes_no_process(v2: V2Group) -> None:
+    v2.create(Limits())
+    os.mkdir(v2.v2_path + "/inner")
+
+    def folder(fd: int) -> str:
+        try:
+            return os.readlink(f"/proc/self/fd/{fd}")
+        finally:
+            os.close(fd)
+
+    with inside(v2, "sleep", "100") as process:
+        assert folder(v2.join_fds(init_pid=process.pid)[0]) == v2.v2_path + "/cgroup.procs"
+        with open(v2.v2_path + "/inner/cgroup.procs", "w") as procs:
+            procs.write(str(process.pid))
+        assert folder(v2.clone_fd(process.pid)) == v2.v2_path
+        controllers = (open(v2.v2_path + "/cgroup.controllers").read()).split()
+        if controllers:
+            with open(v2.v2_path + "/cgroup.subtree_control", "w") as control:
+                control.write("+" + controllers[0])
+            assert folder(v2.clone_fd(process.pid)) == v2.v2_path + "/inner"
+            assert folder(v2.join_fds(init_pid=process.pid)[0]) == v2.v2_path + "/inner/cgroup.procs"
+            assert folder(v2.join_fds({"": "/"}, init_pid=process.pid)[0]) == v2.v2_path + "/cgroup.procs"
+        process.kill()
 
 
 @needs_v2

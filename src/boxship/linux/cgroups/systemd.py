@@ -469,6 +469,8 @@ class SystemdV1(V1Group):
 
     def delete(self) -> None:
         """See `Cgroup`."""
+        if self.foreign:
+            return
         try:
             with connect_systemd(user=False) as bus:
                 stop_unit(bus, self.unit.name)
@@ -540,6 +542,8 @@ class SystemdV2(V2Group):
 
     def delete(self) -> None:
         """See `Cgroup`."""
+        if self.foreign:
+            return
         try:
             with self._bus() as bus:
                 stop_unit(bus, self.unit.name)

@@ -24,9 +24,7 @@ from boxship.linux.cgroups.group import (
     OomEvents,
     below,
     does_not_exist,
-    not_empty,
     signal_each,
-    unexpectedly_frozen,
 )
 from boxship.linux.cgroups.limits import pids_max
 
@@ -124,14 +122,6 @@ class V1Group(Cgroup):
             else:
                 raise explain(failed)
         self.v2_path = self.paths.get(UNIFIED, "")
-
-    def check_unused(self) -> None:
-        """Raises FailedPrecondition when there are processes in the group, or it is frozen."""
-        present = self.pids()
-        if present:
-            raise not_empty(len(present))
-        if self.frozen():
-            raise unexpectedly_frozen()
 
     def _make(self, name: str, directory: str, *, check: bool) -> None:
         try:
@@ -267,7 +257,7 @@ class V1Group(Cgroup):
 
     # --- entering ------------------------------------------------------------------------------------------------
 
-    def join_fds(self, sub: dict[str, str] | None = None, *, unified: bool = True) -> list[int]:
+    def join_fds(self, sub: dict[str, str] | None = None, *, unified: bool = True, init_pid: int = 0) -> list[int]:
         """See `Cgroup`."""
         paths = self._sub_paths(sub) if sub else self.paths
         fds: list[int] = []
@@ -373,6 +363,8 @@ class V1Group(Cgroup):
 
     def kill(self, signal: int) -> None:
         """See `Cgroup`."""
+        if self.foreign:
+            return
         if not self.exists():
             raise does_not_exist()
         if signal == 9 and self.v2_path:
@@ -404,6 +396,8 @@ class V1Group(Cgroup):
 
     def delete(self) -> None:
         """See `Cgroup`."""
+        if self.foreign:
+            return
         left = files.remove_all(list(self.directories()))
         if left:
             busy = " ".join(f"{name}:{path}" for name, path in sorted(self.paths.items()) if path in left)

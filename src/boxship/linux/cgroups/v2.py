@@ -18,9 +18,7 @@ from boxship.linux.cgroups.group import (
     OomEvents,
     below,
     does_not_exist,
-    not_empty,
     signal_each,
-    unexpectedly_frozen,
 )
 from boxship.linux.cgroups.limits import cpu_weight, io_weight, max_string, pids_max, swap_only
 from boxship.linux.cgroups.v1 import rdma_line, set_hugetlb
@@ -142,14 +140,6 @@ class V2Group(Cgroup):
                     write(file, "+" + name)
                 except OSError:
                     pass
-
-    def check_unused(self) -> None:
-        """Raises FailedPrecondition when there are processes in the group, or it is frozen."""
-        present = self.pids()
-        if present:
-            raise not_empty(len(present))
-        if self.frozen():
-            raise unexpectedly_frozen()
 
     def _check_type(self, path: str, limits: Limits) -> None:
         try:
@@ -327,11 +317,11 @@ class V2Group(Cgroup):
 
     # --- entering ------------------------------------------------------------------------------------------------
 
-    def join_fds(self, sub: dict[str, str] | None = None, *, unified: bool = True) -> list[int]:
+    def join_fds(self, sub: dict[str, str] | None = None, *, unified: bool = True, init_pid: int = 0) -> list[int]:
         """See `Cgroup`."""
         if not self.v2_path or not unified:
             return []
-        path = self._sub_path(sub)
+        path = self._sub_path(sub) if sub else self._joinable(init_pid)
         try:
             return [files.open_file(path + "/cgroup.procs", os.O_WRONLY)]
         except OSError as error:
@@ -342,17 +332,21 @@ class V2Group(Cgroup):
     def _sub_path(self, sub: dict[str, str] | None) -> str:
         return below(self.v2_path, (sub or {}).get("", ""))
 
-    def clone_fd(self, init_pid: int = 0) -> int:
-        """See `Cgroup`."""
+    def _joinable(self, init_pid: int) -> str:
+        """The group, or that of init, which may have left it, or have made it an inner node."""
         path = self.v2_path
         if init_pid and path:
             try:
-                inner_node = bool(files.read(path + "/cgroup.subtree_control").strip())
+                usable = not files.read(path + "/cgroup.subtree_control").strip()
             except OSError:
-                inner_node = True  # gone: the container's own processes moved and removed it
-            if inner_node:
-                own = membership(init_pid).get("", "")
-                path = os.path.normpath(f"{mountpoint()}/{own}")
+                usable = False  # gone
+            if not usable:
+                path = os.path.normpath(f"{mountpoint()}/{membership(init_pid).get('', '')}")
+        return path
+
+    def clone_fd(self, init_pid: int = 0) -> int:
+        """See `Cgroup`."""
+        path = self._joinable(init_pid)
         if not path:
             return -1
         try:
@@ -431,6 +425,8 @@ class V2Group(Cgroup):
 
     def kill(self, signal: int) -> None:
         """See `Cgroup`."""
+        if self.foreign:
+            return
         if not self.exists():
             raise does_not_exist()
         if signal == 9:
@@ -456,6 +452,8 @@ class V2Group(Cgroup):
 
     def delete(self) -> None:
         """See `Cgroup`."""
+        if self.foreign:
+            return
         if self.v2_path and files.remove_all([self.v2_path]):
             raise FailedPrecondition(f"Failed to remove paths: map[:{self.v2_path}]")
 
