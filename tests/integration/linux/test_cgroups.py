@@ -255,6 +255,21 @@ def test_a_process_may_enter_a_group_below(group: Cgroup) -> None:
         group.sub("nonexistent")
 
 
+@needs_v1
+def test_a_foreign_group_in_one_hierarchy_only_is_left_as_it_was(group: Cgroup) -> None:
+    assert isinstance(group, V1Group)
+    freezer = group.paths["freezer"]
+    os.mkdir(freezer)
+    with open(freezer + "/freezer.state", "w") as state:
+        state.write("FROZEN")
+    again = Cgroup.decode(group.encode())
+    with pytest.raises(FailedPrecondition, match="unexpectedly frozen"):
+        again.create(Limits())
+    again.abandon()
+    assert os.path.isdir(freezer)
+    assert [path for path in set(group.paths.values()) if os.path.isdir(path)] == [freezer]
+
+
 # --- v1 --------------------------------------------------------------------------------------------------------------
 
 

@@ -12,10 +12,13 @@ from posix import stat as _stat
 from boxship.kit.errors import NotFound
 
 CONTROLLERS = (
-    "cpuset", "devices", "memory", "cpu", "cpuacct", "pids", "blkio", "hugetlb", "net_cls", "net_prio", "perf_event",
-    "freezer", "rdma", "name=systemd", "misc",
+    "devices", "freezer", "cpuset", "memory", "cpu", "cpuacct", "pids", "blkio", "hugetlb", "net_cls", "net_prio",
+    "perf_event", "rdma", "name=systemd", "misc",
 )
-"""What a container is put into where it is mounted as v1, in the order in which that happens."""
+"""What a container is put into where it is mounted as v1, in the order in which that happens.
+
+The first two tell whether the group is somebody else's.
+"""
 
 _KNOWN = frozenset((*CONTROLLERS, "debug"))
 

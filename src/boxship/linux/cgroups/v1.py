@@ -106,9 +106,16 @@ class V1Group(Cgroup):
             if directory not in done:
                 done[directory] = None
                 try:
-                    self._make(name, directory, check=check)
+                    if not self._make(directory):
+                        self.fresh = False
+                        if check and name in ("devices", "freezer"):
+                            self.check_unused()
                 except OSError as error:
                     done[directory] = error
+                except FailedPrecondition:
+                    if name == "freezer" and self.paths.get("devices") != directory:
+                        _remove_quietly(self.paths["devices"])  # ours, and new, or it would have been refused
+                    raise
             failed = done[directory]
             if failed is None:
                 if name == "cpuset":
@@ -123,23 +130,22 @@ class V1Group(Cgroup):
                 raise explain(failed)
         self.v2_path = self.paths.get(UNIFIED, "")
 
-    def _make(self, name: str, directory: str, *, check: bool) -> None:
+    def _make(self, directory: str) -> bool:
+        """Make a directory, with those on the way; False when it is there already."""
         try:
             os.mkdir(directory, 0o755)
-            return
+            return True
+        except FileExistsError:
+            return False
         except FileNotFoundError:
             pass
-        except FileExistsError:
-            self.fresh = False
-            if check and name in ("devices", "freezer"):
-                self.check_unused()
-            return
         except OSError as error:
             raise files.failure(error, "mkdir", directory) from None
         try:
             os.makedirs(directory, 0o755, exist_ok=True)
         except OSError as error:
             raise files.failure(error, "mkdir", directory) from None
+        return True
 
     def _prepare_cpuset(self, directory: str, limits: Limits) -> None:
         """Give it CPUs and memory nodes: a new cpuset has none, and then nothing can enter it."""
@@ -345,14 +351,14 @@ class V1Group(Cgroup):
         if directory is None:
             return False
         try:
-            while True:
+            for _ in range(1000):
                 state = files.read(directory + "/freezer.state").strip()
                 if state != "FREEZING":
                     break
                 import time
 
-                time.sleep(0.001)
-            if state != "FROZEN":
+                time.sleep(0.001)  # usually over at once; a process in the kernel may hold it up for ever
+            if state == "THAWED":
                 return False
             # Frozen itself, or only by a group above it?
             return files.read(directory + "/freezer.self_freezing").strip() == "1"
@@ -456,6 +462,13 @@ class V1Group(Cgroup):
                 directory = hierarchy.directory(own.get(name, "/"))
             mounts.append((os.path.basename(hierarchy.mountpoint), ",".join(hierarchy.controllers), directory))
         return mounts
+
+
+def _remove_quietly(directory: str) -> None:
+    try:
+        os.rmdir(directory)
+    except OSError:
+        pass
 
 
 def _write_or_retry(path: str, value: int, again: list[tuple[str, int]], *, retry: bool) -> None:

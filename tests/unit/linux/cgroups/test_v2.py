@@ -13,8 +13,8 @@ from boxship.linux.cgroups.v2 import V2Group, locate_v2
 
 FILES = (
     "pids.max", "memory.max", "memory.low", "memory.swap.max", "memory.current", "cpu.max", "cpu.max.burst", "cpu.weight",
-    "cpu.idle", "io.max", "io.weight", "cpuset.cpus", "cpuset.mems", "hugetlb.2MB.max", "hugetlb.2MB.rsvd.max", "rdma.max", "memory.high",
-    "cgroup.controllers",
+    "cpu.idle", "io.max", "io.weight", "cpuset.cpus", "cpuset.mems", "hugetlb.2MB.max", "hugetlb.2MB.rsvd.max", "rdma.max",
+    "memory.high", "cgroup.controllers",
 )
 MB = 1 << 20
 
