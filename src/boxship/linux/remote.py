@@ -84,7 +84,8 @@ class Label:
 class RemoteError(OSError):
     """A system call failed in the remote process; `what` is the description that the program gave to it.
 
-    A description that begins with "!" is the whole message: the errno would only puzzle.
+    A description that begins with "!" is the whole message: the errno would only puzzle. One that begins with "@N@" is
+    completed by whoever knows what the 32 bits of data at offset N mean, a wait status for example.
     """
 
     def __init__(self, error: int, what: str, index: int) -> None:
@@ -168,7 +169,8 @@ class Program:
         if on_ok is not None:
             on_ok.users.append((index, 3))
         self._ops.append([nr, dst.number if dst else 0, registers, 0, err, 0, *words])
-        self._what.append(self.context + what)
+        mark = what[: what.index("@", 1) + 1] if what.startswith("@") else what[: what.startswith("!")]
+        self._what.append(mark + self.context + what[len(mark) :] if self.context else what)
         return index
 
     def point(self, index: int, argument: int, offset: int) -> None:

@@ -98,14 +98,16 @@ class Creation:
         story.on_pid = self._born
         story.executor = executor()
         if waits:
-            self._make_fifos(story)
+            self._make_fifo(story)
         story.be_born(story.executor)
         failpoint.hit("create.born")
         if self.cgroup is not None and self.cgroup.needs_pid:
             self.cgroup.add(story.remote.pid)
             self.cgroup.apply(self.limits)
         story.enter()
-        story.keep_fifos()
+        story.keep_fifo()
+        story.perform()
+        story.learn_fifo()
         self._move_devices_and_finish_namespaces(story)
         story.make_file_system()
         if self._has_runtime_hooks():
@@ -150,13 +152,10 @@ class Creation:
         else:
             story.join_cgroups = cgroup.join_fds()
 
-    def _make_fifos(self, story: Story) -> None:
-        folder = self.container.path
-        for name in ("exec.fifo", "error.fifo"):
-            os.mkfifo(f"{folder}/{name}", 0o600)
-        # Both for reading and writing, so that neither open waits for its other side.
-        story.exec_fifo = os.open(f"{folder}/exec.fifo", os.O_RDWR | os.O_CLOEXEC)
-        story.error_fifo = os.open(f"{folder}/error.fifo", os.O_RDWR | os.O_CLOEXEC)
+    def _make_fifo(self, story: Story) -> None:
+        path = f"{self.container.path}/exec.fifo"
+        os.mkfifo(path, 0o622)
+        story.exec_fifo = story.own(os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW))
 
     def _born(self, pid: int) -> None:
         """Write down who init is, at once: from now on there is a process to clean up."""

@@ -162,12 +162,13 @@ class _Joining:
         p.call(sc.PRCTL, 4, 0, 0, 0, 0, what="prctl(PR_SET_DUMPABLE)")
         p.call(sc.SETSID, on_err=NEXT)
         p.call(sc.OPENAT, m.AT_FDCWD, "/proc", m.O_PATH | m.O_DIRECTORY | m.O_CLOEXEC, dst=story.proc, what="open /proc")
-        for fd in story.join_cgroups:
-            p.call(sc.WRITE, story.send(fd), b"0", 1, what="unable to join the container's cgroup")
+        story.join()
         if flags:
             handle = os.pidfd_open(pid)
             story.own(handle)
-            p.call(sc.SETNS, story.send(handle), flags, what="failed to setns into the container's namespaces")
+            door = story.send(handle)
+            p.call(sc.SETNS, door, flags, what="failed to setns into the container's namespaces")
+            story.fs.close(door)
         if flags & n.CLONE_NEWUSER:
             story.joined_user = True
             p.call(sc.SETRESGID, 0, 0, 0, what="unable to become root of the user namespace")

@@ -69,7 +69,7 @@ class Story:
         filter: the compiled seccomp filter.
         state: gives the spec's state for hooks, for a status.
         hand_terminal, hand_listener: take the descriptor of the terminal's master side, of the seccomp listener.
-        exec_fifo, error_fifo: descriptors opened for reading and writing, when `start` is another command.
+        exec_fifo: an O_PATH descriptor of exec.fifo, when `start` is another command; -1 otherwise.
         preserve_fds: descriptors that become 3, 4, …
         ready: index of the operation at which init answered that it is ready.
     """
@@ -89,7 +89,6 @@ class Story:
         self.hand_terminal: Callable[[int], None] | None = None
         self.hand_listener: Callable[[int], None] | None = None
         self.exec_fifo = -1
-        self.error_fifo = -1
         self.preserve_fds: list[int] = []
         self.env: list[str] = list(process.env)
         self.no_pivot = False
@@ -147,11 +146,9 @@ class Story:
     def close_fds(self) -> None:
         """Close what the parent opened for the telling."""
         fds = [*self.join_cgroups, *self.joined.values(), *self._opened]
-        fds += [fd for fd in (self.exec_fifo, self.error_fifo) if fd >= 0]
         for fd in fds:
             os.close(fd)
         self.join_cgroups, self.joined, self._opened = [], {}, []
-        self.exec_fifo = self.error_fifo = -1
 
     def abandon(self) -> None:
         """Kill init, if there is one, and wait for it: nothing is started that is not wanted any more."""
@@ -210,8 +207,7 @@ class Story:
         # Cgroups come first of all: what the kernel allocates for the namespaces is then on the container's account, and a
         # cgroup namespace shows as its root where its maker was. Each process writes itself ("0"): moving another one
         # makes the kernel wait for every process of the machine.
-        for fd in self.join_cgroups:
-            p.call(sc.WRITE, self.send(fd), b"0", 1, what="unable to join the container's cgroup")
+        self.join()
         if "user" in self.new | self.joined.keys():
             self._enter_user_namespace()
         else:
@@ -232,12 +228,21 @@ class Story:
         if "network" in self.new:
             self._loopback()
 
+    def join(self) -> None:
+        """Enter the cgroups of `join_cgroups`."""
+        for fd in self.join_cgroups:
+            file = self.send(fd)
+            self.p.call(sc.WRITE, file, b"0", 1, what="unable to join the container's cgroup")
+            self.fs.close(file)
+
     def _not_dumpable(self) -> None:
         self.p.call(sc.PRCTL, _PR_SET_DUMPABLE, 0, 0, 0, 0, what="prctl(PR_SET_DUMPABLE)")
 
     def _setns(self, kind: str, fd: int) -> None:
         path = next((ns.path for ns in self.spec.linux.namespaces if ns.type == kind), "") if self.spec.linux else ""
-        self.p.call(sc.SETNS, self.send(fd), n.FLAGS[kind], what=f"failed to setns into {kind} namespace {path}".rstrip())
+        door = self.send(fd)
+        self.p.call(sc.SETNS, door, n.FLAGS[kind], what=f"failed to setns into {kind} namespace {path}".rstrip())
+        self.fs.close(door)
 
     def _enter_user_namespace(self) -> None:
         from boxship.linux.namespaces import owner_of
@@ -398,6 +403,7 @@ class Story:
             self.fs.read_only_paths(linux.readonly_paths)
             if linux.masked_paths:
                 self.fs.masks(linux.masked_paths, self.null)
+        self.fs.close(self.null)
         self.fs.change_root(pivot=not self.no_pivot, rootfs=self.rootfs, has_mount_ns=own_mounts)
         if own_mounts and linux and linux.rootfs_propagation in ("shared", "unbindable"):
             flag = m.MS_SHARED if linux.rootfs_propagation == "shared" else m.MS_UNBINDABLE
@@ -529,6 +535,7 @@ class Story:
                 data = value.encode()
                 p.call(sc.WRITE, fd, data, len(data), what=f"failed to write sysctl {key} value")
                 self.fs.close(fd)
+        self.fs.close(self.root)
 
     # --- 5. the identity (also exec's) ---------------------------------------------------------------------------
 
@@ -720,28 +727,32 @@ class Story:
         p.call(sc.FACCESSAT, m.AT_FDCWD, path, 1, what=bad)
 
     def wait_for_start(self) -> None:
-        """Say "ready", and sleep until the word comes: from the parent in `run`, through exec.fifo from `start`.
+        """Say "ready", and sleep until the word comes: from the parent in `run`, or by `start` opening exec.fifo.
 
-        Only read(2), write(2) and close(2) from here to the exec: the filter may stop all else.
+        Only read(2), write(2), openat(2) and close(2) from here to the exec: the filter may stop all else.
         """
         p = self.p
         self.ready = p.answer()
         if self.exec_fifo < 0:
             p.call(sc.READ, CTL, bytes(8), 8, what="waiting for the word to start")
+            self.fs.close(self.proc)
             return
         self.fs.close(CTL)
-        p.set(CTL, self._kept_error_fifo)
-        p.call(sc.READ, self._kept_exec_fifo, bytes(8), 1, what="waiting on exec.fifo")
-        self.fs.close(self._kept_exec_fifo)
+        # Opening it for writing waits for a reader; what is written to it from now on is why the exec failed.
+        flags = os.O_WRONLY | m.O_CLOEXEC
+        p.call(sc.OPENAT, self.proc, f"self/fd/{self._fifo_number}", flags, dst=CTL, what="open exec.fifo")
+        self.fs.close(self.proc)
 
-    def keep_fifos(self) -> None:
-        """Take the two FIFOs along under numbers that later programs know."""
-        if self.exec_fifo < 0:
-            return
-        p = self.p
-        self._kept_exec_fifo, self._kept_error_fifo = p.keep(), p.keep()
-        p.call(sc.FCNTL, self.send(self.exec_fifo), 1030, 3, dst=self._kept_exec_fifo, what="dup")
-        p.call(sc.FCNTL, self.send(self.error_fifo), 1030, 3, dst=self._kept_error_fifo, what="dup")
+    def keep_fifo(self) -> None:
+        """Take exec.fifo along; only init knows under which number."""
+        if self.exec_fifo >= 0:
+            self._fifo_index = self.p.call(sc.FCNTL, self.send(self.exec_fifo), 1030, 3, dst=self.p.keep(), what="dup")
+            self.fs.close(received(len(self.fds) - 1))
+
+    def learn_fifo(self) -> None:
+        """Call it when the program of `keep_fifo` is done."""
+        if self.exec_fifo >= 0:
+            self._fifo_number = self.remote.result(self._fifo_index)
 
     def execute(self, path: Reg) -> None:
         """Become the user's program."""
@@ -757,7 +768,6 @@ class Story:
     def run_hooks(self, kind: str, hooks: list[Hook], status: str, *, default_env: list[str] | None = None) -> None:
         """Let init fork and run each hook, wait for it (`timeout` in seconds), and stop at the first that fails."""
         p = self.p
-        self.hook_status: dict[int, int] = {}
         for i, hook in enumerate(hooks):
             p.context = f"error running {kind} hook #{i}: "
             state = os.memfd_create("state", os.MFD_CLOEXEC)
@@ -765,7 +775,7 @@ class Story:
             os.write(state, self.state(status))
             stdin = self.send(state)
             p.call(sc.LSEEK, stdin, 0, 0, what="rewind the state")
-            parent, ended, failed, good = Label(), Label(), Label(), Label()
+            parent, ended, good = Label(), Label(), Label()
             child, handle = p.new(), p.new()
             pid = p.fork(_SIGCHLD, parent=parent, takes_over=False, what="fork")
             p.call(sc.DUP3, stdin, 0, 0, what="dup")
@@ -793,12 +803,12 @@ class Story:
                 p.mark(ended)
                 p.call(sc.KILL, child, 9, on_err=NEXT)
                 p.call(sc.WAIT4, child, 0, 0, 0, on_err=NEXT)
-                p.fail(errno.ETIME, f"!{p.context}hook ran past specified timeout of {float(hook.timeout):.1f}s")
+                p.fail(errno.ETIME, f"!hook ran past specified timeout of {float(hook.timeout):.1f}s")
                 p.mark(good)
             index = p.call(sc.WAIT4, child, 0, 0, 0, what="wait")
             p.point(index, 1, status_at)
-            p.expect(status_at, 0, error=errno.EIO, what=f"@{status_at}@{p.context}")
-            p.mark(failed)
+            p.expect(status_at, 0, error=errno.EIO, what=f"@{status_at}@")
+            self.fs.close(stdin)
         p.context = ""
 
 

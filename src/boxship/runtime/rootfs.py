@@ -167,11 +167,9 @@ class Rootfs:
         if source is not None:
             self._bind(path, options, source)
         elif fstype in ("proc", "sysfs"):
-            complaint = f'!{p.context}filesystem "{fstype}" must be mounted on ordinary directory'
             target = p.new()
-            p.context, context = "", p.context
-            self.make_directories(path, context + "make mountpoint", target, strict=complaint)
-            p.context = context
+            complaint = f'!filesystem "{fstype}" must be mounted on ordinary directory'
+            self.make_directories(path, "make mountpoint", target, strict=complaint)
             self.attach(self.new_filesystem(fstype, mount.source or fstype, options), target, options)
         else:
             self._other(path, fstype, mount.source or fstype, options)
@@ -191,12 +189,10 @@ class Rootfs:
             return
         buffer = self.p.place(bytes(_STATFS_SIZE))
         self.p.point(self.p.call(sc.FSTATFS, target, 0, what="check mountpoint"), 1, buffer)
-        context, self.p.context = self.p.context, ""
         self.p.expect(
             buffer, m.PROC_SUPER_MAGIC, differs=True, error=errno.EPERM,
-            what=f'!{context}"/{path}" cannot be mounted because it is inside /proc',
+            what=f'!"/{path}" cannot be mounted because it is inside /proc',
         )
-        self.p.context = context
 
     def new_filesystem(self, fstype: str, source: str, options: mounts.Options, mode: Reg | None = None) -> Reg:
         """fsopen … fsmount: a detached mount. `mode`: register with the permissions that its root is to have."""

@@ -7,7 +7,7 @@ Spec: runtime-spec 1.3.0, runtime.md "State".
       ID/                        0711, made exclusively by create: the name is taken from then on
         state.json               `Record`, replaced atomically, first written before anything is made in the kernel
         config.json              the configuration as create read it; the bundle's may change afterwards
-        exec.fifo, error.fifo    while the container is created and not started: `start` writes to one, reads the other
+        exec.fifo                while the container is created and not started: init waits for `start` to open it
         start.json               what the last operations of init are called, for `start` to say which one failed
         notify/                  the container's side of the notify socket, if any
 
