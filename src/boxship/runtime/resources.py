@@ -6,14 +6,15 @@ Spec: runtime-spec 1.3.0, config-linux.md "Control groups"; which devices every 
 
 from __future__ import annotations
 
-from boxship.kit.errors import InvalidArgument
+from boxship.kit.errors import FailedPrecondition, InvalidArgument, Unsupported
 from boxship.linux.cgroups.limits import ANY, DeviceRule, Limits
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from boxship.oci.config import BlockIO, CgroupDevice, Resources, ThrottleDevice
+    from boxship.runtime.state import Container
 
 # (path of the node or "", rule). The nodes themselves: boxship.runtime.rootfs.
 _DEFAULT_DEVICES = (
@@ -113,3 +114,93 @@ def warnings(resources: Resources | None) -> list[str]:
     if memory is not None and (memory.kernel is not None or memory.kernel_tcp is not None):
         return ["Kernel memory settings are ignored and will be removed"]
     return []
+
+
+# --- update ----------------------------------------------------------------------------------------------------------
+
+# flag: (member of LinuxResources, its member, how the text is read)
+_UPDATE_FLAGS = {
+    "blkio-weight": ("blockIO", "weight", "int"), "cpu-period": ("cpu", "period", "uint"), "cpu-quota": ("cpu", "quota", "int"),
+    "cpu-burst": ("cpu", "burst", "uint"), "cpu-share": ("cpu", "shares", "uint"),
+    "cpu-rt-period": ("cpu", "realtimePeriod", "uint"), "cpu-rt-runtime": ("cpu", "realtimeRuntime", "int"),
+    "cpu-idle": ("cpu", "idle", "int"), "cpuset-cpus": ("cpu", "cpus", ""), "cpuset-mems": ("cpu", "mems", ""),
+    "memory": ("memory", "limit", "size"), "memory-swap": ("memory", "swap", "size"),
+    "memory-reservation": ("memory", "reservation", "size"), "kernel-memory": ("memory", "kernel", "size"),
+    "kernel-memory-tcp": ("memory", "kernelTCP", "size"), "pids-limit": ("pids", "limit", "int"),
+}
+_UNITS = "bkmgtp"
+
+
+def ram_in_bytes(text: str) -> int:
+    """Bytes for "64m", "1.5 GiB" and the like: powers of 1024, as docker's and runc's flags take them. Raises InvalidArgument."""
+    number = text.rstrip("bBiIkKmMgGtTpP")
+    suffix = text[len(number) :].lower()
+    number = number.removesuffix(" ") if suffix else number
+    unit = suffix[:1] or "b"
+    if suffix not in ("", unit, unit + "b", unit + "ib") or suffix in ("bb", "bib") or unit not in _UNITS:
+        raise InvalidArgument(f"invalid suffix: '{suffix}'")
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1.0
+    if not number[:1].isdecimal() or not 0 <= value < 2**63:
+        raise InvalidArgument(f"invalid size: '{text}'")
+    return int(value * 1024 ** _UNITS.index(unit))
+
+
+def _number(text: str, *, signed: bool) -> int:
+    digits = text[1:] if text[:1] == "+" or (signed and text[:1] == "-") else text
+    function = "ParseInt" if signed else "ParseUint"
+    if not (digits.isascii() and digits.isdecimal()):
+        raise InvalidArgument(f'strconv.{function}: parsing "{text}": invalid syntax')
+    value = int(text)
+    if not (-(1 << 63) <= value < 1 << 63 if signed else value < 1 << 64):
+        raise InvalidArgument(f'strconv.{function}: parsing "{text}": value out of range')
+    return value
+
+
+def resources_from_flags(values: Mapping[str, object]) -> dict[str, object]:
+    """The LinuxResources object for the flags of `update` that were given. Raises InvalidArgument, Unsupported."""
+    change: dict[str, object] = {}
+    for flag, given in values.items():
+        if flag in ("l3-cache-schema", "mem-bw-schema") and given:
+            raise Unsupported(
+                "Intel RDT/CAT: l3 cache schema is not enabled" if flag == "l3-cache-schema"
+                else "Intel RDT/MBA: memory bandwidth schema is not enabled"
+            )
+        if flag not in _UPDATE_FLAGS:
+            continue
+        group, member, kind = _UPDATE_FLAGS[flag]
+        value = given
+        if isinstance(given, str):
+            if not given:
+                continue
+            try:
+                if kind == "size":
+                    value = -1 if given == "-1" else ram_in_bytes(given)
+                elif kind:
+                    value = _number(given, signed=kind == "int")
+            except InvalidArgument as error:
+                raise InvalidArgument(f"invalid value for {flag}: {error}") from None
+        elif flag == "blkio-weight" and not given:
+            continue
+        members = change.setdefault(group, {})
+        assert isinstance(members, dict)
+        members[member] = value
+    return change
+
+
+def update_limits(container: Container, change: dict[str, object]) -> None:
+    """Carry out `update`: set what `change` (a LinuxResources object) names, and leave the rest. Device rules do not change.
+
+    Raises BoxshipError, naming the file that was refused.
+    """
+    from boxship.oci.config import Resources
+
+    resources = Resources.decode(change, "")
+    cgroup = container.control_group()
+    if cgroup is None:
+        raise FailedPrecondition("cgroup not exist")
+    for warning in warnings(resources):
+        container.context.warn(warning)
+    cgroup.apply(limits(resources, devices=False))

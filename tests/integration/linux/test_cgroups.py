@@ -512,6 +512,32 @@ def test_v1_statistics(group: Cgroup) -> None:
     assert cpuset["mems"] == [0]
 
 
+@needs_v1
+def test_events_are_lines_until_the_group_is_gone(group: Cgroup) -> None:
+    import json
+    import threading
+
+    from boxship.runtime.events import _watch
+
+    group.create(Limits())
+    lines: list[str] = []
+    three = threading.Event()
+
+    def show(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 3:
+            three.set()
+
+    watcher = threading.Thread(target=_watch, args=(None, "some-id", group, show, 0.02), daemon=True)
+    watcher.start()
+    assert three.wait(10)
+    group.delete()
+    watcher.join(10)
+    assert not watcher.is_alive()
+    event = json.loads(lines[0])
+    assert (event["type"], event["id"], event["data"]["pids"]) == ("stats", "some-id", {})
+
+
 # --- v2 --------------------------------------------------------------------------------------------------------------
 
 

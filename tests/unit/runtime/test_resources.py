@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from boxship.kit.errors import InvalidArgument
+from boxship.kit.errors import BoxshipError, InvalidArgument
 from boxship.oci.config import Resources
-from boxship.runtime.resources import device_rules, limits, warnings
+from boxship.runtime.resources import device_rules, limits, ram_in_bytes, resources_from_flags, warnings
 
 
 def resources(**members: object) -> Resources:
@@ -78,3 +78,46 @@ def test_kernel_memory_is_warned_of() -> None:
     assert warnings(None) == []
     assert warnings(resources(memory={"limit": 5})) == []
     assert warnings(resources(memory={"kernel": 5})) == ["Kernel memory settings are ignored and will be removed"]
+
+
+# --- update ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5", 5), ("5b", 5), ("1k", 1024), ("2KB", 2048), ("1.5kib", 1536), ("1 m", 1 << 20), ("1G", 1 << 30), ("0", 0)],
+)
+def test_sizes_are_powers_of_1024(text: str, size: int) -> None:
+    assert ram_in_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "m", "-1", "1x", "1bb", "1kbb", "1 2", "nan", "inf", "1e400", "1mib2"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(InvalidArgument, match="invalid s"):
+        ram_in_bytes(text)
+
+
+def test_flags_of_update_become_resources() -> None:
+    assert resources_from_flags({
+        "memory": "64m", "memory-swap": "-1", "memory-reservation": "", "cpu-quota": "-1", "cpu-period": "5", "pids-limit": 0,
+        "cpuset-cpus": "0-1", "blkio-weight": 0, "cpu-idle": "1", "resources": "", "l3-cache-schema": "",
+    }) == {
+        "memory": {"limit": 64 << 20, "swap": -1}, "cpu": {"quota": -1, "period": 5, "cpus": "0-1", "idle": 1},
+        "pids": {"limit": 0},
+    }
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "text"),
+    [
+        ("cpu-period", "x", 'invalid value for cpu-period: strconv.ParseUint: parsing "x": invalid syntax'),
+        ("cpu-period", "-5", 'invalid value for cpu-period: strconv.ParseUint: parsing "-5": invalid syntax'),
+        ("cpu-quota", "9" * 20, f'invalid value for cpu-quota: strconv.ParseInt: parsing "{"9" * 20}": value out of range'),
+        ("memory", "5x", "invalid value for memory: invalid s"),
+        ("l3-cache-schema", "L3:0=f", "Intel RDT/CAT: l3 cache schema is not enabled"),
+    ],
+)
+def test_wrong_values_of_update_are_named(flag: str, value: str, text: str) -> None:
+    with pytest.raises(BoxshipError) as caught:
+        resources_from_flags({flag: value})
+    assert str(caught.value).startswith(text)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from boxship.linux.cgroups.stats import read_v1, read_v2
+from boxship.linux.cgroups.stats import read_pressure, read_v1, read_v2
+from boxship.oci.text import dumps
 from boxship.runtime.stats import shape
 
 
@@ -76,6 +77,13 @@ def test_v1_block_io_is_read_from_the_kind_of_file_that_counts(tmp_path: Path) -
         "ioServiceBytesRecursive": [{"major": 8, "op": "Read", "value": 12}],
         "ioServicedRecursive": [{"major": 8, "op": "Read", "value": 3}, {"major": 8, "op": "Total", "value": 3}],
     }
+
+
+def test_whole_numbers_are_written_without_a_point_as_go_does(tmp_path: Path) -> None:
+    (tmp_path / "cpu.pressure").write_text("some avg10=0.00 avg60=1.50 avg300=20.00 total=9\n")
+    pressure = read_pressure(str(tmp_path / "cpu.pressure"))
+    assert pressure is not None
+    assert dumps(pressure["some"]) == '{"avg10":0,"avg60":1.5,"avg300":20,"total":9}'
 
 
 def test_pressure_that_is_not_measured_is_not_shown(tmp_path: Path) -> None:

@@ -399,6 +399,7 @@ def read_pressure(path: str) -> Entry | None:
         values: dict[str, object] = {}
         for pair in pairs:
             name, _, value = pair.partition("=")
-            values[name] = int(value) if name == "total" else float(value)
+            number = float(value)
+            values[name] = int(number) if number == int(number) else number
         result[kind] = values
     return result
