@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from struct import Struct, unpack_from
 
 INSTRUCTION = Struct("=HBBI")
@@ -16,12 +17,18 @@ _COMPARE = {
 _ALU = {0x50: lambda a, k: a & k, 0x40: lambda a, k: a | k, 0x00: lambda a, k: (a + k) & 0xFFFFFFFF}
 
 
-def verdict(program: bytes, nr: int, args: tuple[int, ...] = (), arch: int = X86_64) -> int:
-    """What the kernel would be told for system call `nr`; x32 calls carry bit 30."""
-    data = Struct("=iIQ6Q").pack(nr, arch, 0, *args, *([0] * (6 - len(args))))
+@cache
+def _decoded(program: bytes) -> list[tuple[int, int, int, int]]:
     assert len(program) % 8 == 0, "not whole instructions"
     code = [INSTRUCTION.unpack_from(program, i) for i in range(0, len(program), 8)]
     assert 0 < len(code) <= 4096, f"the kernel takes 1 to 4096 instructions, this is {len(code)}"
+    return code
+
+
+def verdict(program: bytes, nr: int, args: tuple[int, ...] = (), arch: int = X86_64) -> int:
+    """What the kernel would be told for system call `nr`; x32 calls carry bit 30."""
+    data = Struct("=iIQ6Q").pack(nr, arch, 0, *args, *([0] * (6 - len(args))))
+    code = _decoded(program)
     accumulator, memory, at = 0, [0] * 16, 0
     while True:
         op, jt, jf, k = code[at]
