@@ -7,7 +7,7 @@
  *
  *     boxrun                                          worker
  *       connect, {version, argc, envc, umask} + fds 0 1 2 cwd strings ──►  checks who that is
- *       ◄── {SPAWN, clone flags} + exe and descriptors
+ *       ◄── {SPAWN, clone flags, whether a cgroup comes last} + exe, descriptors, cgroup
  *       clone, execveat; {pid or -errno} ──►
  *       ◄── {WAIT, pid}          {wait status} ──►
  *       ◄── {FDS, count}         {0 or -errno} + descriptors from 3 on ──►
@@ -185,7 +185,8 @@ static int introduce(int argc, char **argv, char **envp)
 static void do_spawn(struct word word, const int *fds, int count)
 {
 	char *const argv[] = {"boxrun-init", NULL};
-	pid_t pid = count > 1 ? spawn(fds[0], argv, fds + 1, count - 1, word.a) : (errno = EINVAL, -1);
+	int cgroup = word.b && count > 1 ? fds[--count] : -1;
+	pid_t pid = count > 1 ? spawn(fds[0], argv, fds + 1, count - 1, word.a, cgroup) : (errno = EINVAL, -1);
 	send_word((struct word){REPLY, pid < 0 ? -errno : pid, 0, 0}, NULL, 0);
 }
 

@@ -1,4 +1,4 @@
-/* clone + execveat of an open program, for the interpreter (sys.c) and for the native entry (boxrun.c).
+/* clone3 + execveat of an open program, for the interpreter (sys.c) and for the native entry (boxrun.c).
  *
  * The child shares the caller's memory until the exec (CLONE_VM, CLONE_VFORK): no page tables are copied, and between the
  * two it makes system calls only.
@@ -10,11 +10,17 @@
 #include <fcntl.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdint.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #define SPAWN_MAX_FDS 16
+
+/* struct clone_args of clone3(2), first version with a cgroup (Linux 5.7). */
+struct spawn_clone_args {
+	uint64_t flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid, set_tid_size, cgroup;
+};
 
 struct spawn_plan {
 	int exe;
@@ -56,8 +62,39 @@ fail:
 	_exit(127);
 }
 
-/* The new process's pid, or -1 with errno. `flags`: new namespaces. */
-static pid_t spawn(int exe, char *const *argv, const int *fds, int fd_count, int flags)
+/* clone3(2) with a stack of its own, which no libc wraps: the child begins in spawn_child(plan). */
+static long spawn_clone3(struct spawn_clone_args *args, struct spawn_plan *plan)
+{
+	long ret;
+#if defined(__x86_64__)
+	register void *argument __asm__("r12") = plan;
+	register void *entry __asm__("r13") = spawn_child;
+	__asm__ volatile(
+		"syscall\n\t"
+		"test %%rax, %%rax\n\t"
+		"jnz 1f\n\t"
+		"xor %%ebp, %%ebp\n\t"
+		"mov %%r12, %%rdi\n\t"
+		"call *%%r13\n\t"
+		"hlt\n"
+		"1:"
+		: "=a"(ret) : "a"(SYS_clone3), "D"(args), "S"(sizeof *args), "r"(argument), "r"(entry) : "rcx", "r11", "memory");
+#elif defined(__aarch64__)
+	register long x0 __asm__("x0") = (long)args;
+	register long x1 __asm__("x1") = sizeof *args;
+	register long x8 __asm__("x8") = SYS_clone3;
+	register void *argument __asm__("x19") = plan;
+	register void *entry __asm__("x20") = spawn_child;
+	__asm__ volatile("svc 0\n\tcbnz x0, 1f\n\tmov x29, #0\n\tmov x0, x19\n\tblr x20\n\tbrk #0\n1:"
+			 : "+r"(x0) : "r"(x1), "r"(x8), "r"(argument), "r"(entry) : "x30", "memory");
+	ret = x0;
+#endif
+	return ret;
+}
+
+/* The new process's pid, or -1 with errno. `flags`: new namespaces. `cgroup`: an open directory of the v2 hierarchy to be
+ * born in, -1 for the caller's: moving into it later would wait for an RCU grace period. */
+static pid_t spawn(int exe, char *const *argv, const int *fds, int fd_count, int flags, int cgroup)
 {
 	static char *const envp[] = {NULL};
 	struct spawn_plan plan = {exe, argv, envp, fds, fd_count, 0};
@@ -65,16 +102,20 @@ static pid_t spawn(int exe, char *const *argv, const int *fds, int fd_count, int
 	unsigned long all = ~0UL, old = 0;
 	syscall(SYS_rt_sigprocmask, SIG_BLOCK, &all, &old, 8);
 	static _Alignas(16) char stack[16384];
-	pid_t pid = clone(spawn_child, stack + sizeof stack, CLONE_VM | CLONE_VFORK | SIGCHLD | flags, &plan);
-	int saved = errno;
+	struct spawn_clone_args args = {
+		.flags = CLONE_VM | CLONE_VFORK | (unsigned)flags | (cgroup >= 0 ? 0x200000000u : 0 /* CLONE_INTO_CGROUP */),
+		.exit_signal = SIGCHLD, .stack = (uintptr_t)stack, .stack_size = sizeof stack,
+		.cgroup = cgroup >= 0 ? (unsigned)cgroup : 0,
+	};
+	long pid = spawn_clone3(&args, &plan);
+	int saved = pid < 0 ? (int)-pid : plan.error;
 	syscall(SYS_rt_sigprocmask, SIG_SETMASK, &old, NULL, 8);
 	if (pid >= 0 && plan.error) {
-		waitpid(pid, NULL, 0);
-		saved = plan.error;
+		waitpid((pid_t)pid, NULL, 0);
 		pid = -1;
 	}
 	errno = saved;
-	return pid;
+	return pid < 0 ? -1 : (pid_t)pid;
 }
 
 #endif

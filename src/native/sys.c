@@ -1,8 +1,8 @@
 /* boxship.linux._sys: what the interpreter cannot do by itself, and nothing more.
  *
- *   syscall(nr, *args) -> int      any system call; arguments are integers, buffers or None
- *   spawn(fd, name, fds, flags)    clone + execveat of an open program: no copy of the interpreter's page tables
- *   address(buffer) -> int         where a buffer lies, for structures that hold pointers
+ *   syscall(nr, *args) -> int             any system call; arguments are integers, buffers or None
+ *   spawn(fd, name, fds, flags, cgroup)   clone3 + execveat of an open program: no copy of the interpreter's page tables
+ *   address(buffer) -> int                where a buffer lies, for structures that hold pointers
  *
  * Built against the limited API (3.11), so that one shared object serves every later version of Python.
  */
@@ -88,7 +88,8 @@ static PyObject *sys_spawn(PyObject *self, PyObject *args)
 	const char *name;
 	PyObject *list;
 	unsigned int flags = 0;
-	if (!PyArg_ParseTuple(args, "isO|I:spawn", &exe, &name, &list, &flags))
+	int cgroup = -1;
+	if (!PyArg_ParseTuple(args, "isO|Ii:spawn", &exe, &name, &list, &flags, &cgroup))
 		return NULL;
 	Py_ssize_t count = PySequence_Size(list);
 	if (count < 0)
@@ -108,7 +109,7 @@ static PyObject *sys_spawn(PyObject *self, PyObject *args)
 			return NULL;
 	}
 	char *argv[] = {(char *)name, NULL};
-	pid_t pid = spawn(exe, argv, fds, (int)count, (int)flags);
+	pid_t pid = spawn(exe, argv, fds, (int)count, (int)flags, cgroup);
 	if (pid < 0)
 		return os_error();
 	return PyLong_FromLong(pid);
@@ -128,7 +129,7 @@ static PyObject *sys_address(PyObject *self, PyObject *object)
 static PyMethodDef methods[] = {
 	{"syscall", sys_syscall, METH_VARARGS, "syscall(nr, *args) -> int; raises OSError with the errno"},
 	{"spawn", sys_spawn, METH_VARARGS,
-	 "spawn(exe_fd, name, fds, clone_flags=0) -> pid; fds[i] becomes descriptor i, the others close; no environment"},
+	 "spawn(exe_fd, name, fds, clone_flags=0, cgroup_fd=-1) -> pid; fds[i] becomes descriptor i, the others close; no environment"},
 	{"address", sys_address, METH_O, "address(buffer) -> int; valid while the caller keeps the buffer alive and unchanged"},
 	{NULL, NULL, 0, NULL},
 };

@@ -22,7 +22,13 @@ def write_atomic(path: str, data: bytes, mode: int = 0o600, dir_fd: int | None =
     this protects from. Raises OSError and leaves no temporary file behind.
     """
     temporary = f"{path}.{os.getpid()}.tmp"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode, dir_fd=dir_fd)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        fd = os.open(temporary, flags, mode, dir_fd=dir_fd)
+    except FileExistsError:
+        # Left by a process of the same number that was killed.
+        os.unlink(temporary, dir_fd=dir_fd)
+        fd = os.open(temporary, flags, mode, dir_fd=dir_fd)
     try:
         try:
             write_all(fd, data)

@@ -420,15 +420,16 @@ def channel() -> tuple[int, int, int]:
     return ours.detach(), theirs.detach(), memory
 
 
-def spawn(exe: int, name: str, stdio: Sequence[int], clone_flags: int = 0) -> Remote:
+def spawn(exe: int, name: str, stdio: Sequence[int], clone_flags: int = 0, cgroup: int = -1) -> Remote:
     """Start the executor `exe` (an open, sealed copy of it) as a child with the three descriptors `stdio`.
 
     `clone_flags`: new namespaces, but neither a user namespace (the exec would lose its capabilities before
-    ids are mapped) nor a time namespace (clone(2) cannot).
+    ids are mapped) nor a time namespace (clone(2) cannot). `cgroup`: an open directory of the v2 hierarchy to be born in
+    (Linux ≥ 5.7).
     """
     ours, theirs, memory = channel()
     try:
-        pid = _sys.spawn(exe, name, [*stdio, theirs, memory], clone_flags)
+        pid = _sys.spawn(exe, name, [*stdio, theirs, memory], clone_flags, cgroup)
     except BaseException:
         os.close(ours)
         os.close(memory)

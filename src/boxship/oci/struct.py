@@ -324,6 +324,8 @@ def _object(
     required: tuple[tuple[str, str, str], ...],
 ) -> Decoder:
     find = table.get
+    # Other tools write "pagesize" and get away with it: Go's decoder takes a name in any case when none fits exactly.
+    find_folded = {key.lower(): field for key, field in table.items()}.get
     new = object.__new__
 
     def decode(value: object) -> object:
@@ -334,7 +336,7 @@ def _object(
         key = ""
         try:
             for key, item in value.items():
-                field = find(key)
+                field = find(key) or find_folded(key.lower())
                 if field is None:
                     extra[key] = item
                 elif item is not None:

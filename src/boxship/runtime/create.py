@@ -100,14 +100,15 @@ class Creation:
         if waits:
             self._make_fifo(story)
         story.be_born(story.executor)
+        context.debug("nsexec container setup")
         failpoint.hit("create.born")
         if self.cgroup is not None and self.cgroup.needs_pid:
             self.cgroup.add(story.remote.pid)
-            self.cgroup.apply(self.limits)
         story.enter()
         story.keep_fifo()
         story.perform()
         story.learn_fifo()
+        context.debug("child process in init()")
         self._move_devices_and_finish_namespaces(story)
         story.make_file_system()
         if self._has_runtime_hooks():
@@ -121,6 +122,9 @@ class Creation:
         story.go()
         # While init is at it: limits of the process, from outside where that takes privilege.
         take_attributes(context, spec, story)
+        if self.cgroup is not None:
+            # Not before init's own forks: a limit of one process is for the user's.
+            self.cgroup.apply(self.limits)
         story.done()
         story.complete_environment()
         failpoint.hit("create.root")
@@ -143,14 +147,13 @@ class Creation:
         from boxship.runtime.resources import limits as limits_of
 
         nodes = [device.path for device in linux.devices] if linux else []
-        limits = limits_of(linux.resources if linux else None, node_paths=nodes)
+        self.limits = limits_of(linux.resources if linux else None, node_paths=nodes)
         self.made_cgroup = True
-        cgroup.create(limits)
-        if cgroup.needs_pid:
-            # systemd makes the scope around a process: init joins while it has not begun yet.
-            self.limits = limits
-        else:
-            story.join_cgroups = cgroup.join_fds()
+        cgroup.create(self.limits)
+        # systemd makes the scope around a process instead: see `tell`.
+        if not cgroup.needs_pid:
+            story.born_in = cgroup.clone_fd()
+            story.join_cgroups = cgroup.join_fds(unified=False)
 
     def _make_fifo(self, story: Story) -> None:
         path = f"{self.container.path}/exec.fifo"
@@ -192,6 +195,7 @@ class Creation:
     def _settle(self, story: Story, *, waits: bool) -> None:
         container = self.container
         wait_ready(story)
+        self.context.debug("init: closing the pipe to signal completion")
         if waits:
             texts = {str(i): what for i, what in enumerate(story.p.descriptions) if i > story.ready and what}
             write_atomic("start.json", text.dumps(texts).encode(), dir_fd=container.fd)
@@ -220,8 +224,7 @@ class Creation:
             story.abandon()
             story.close_fds()
         if self.cgroup is not None and self.made_cgroup:
-            self.cgroup.kill(9)
-            self.cgroup.delete()
+            self.cgroup.abandon()
         state.discard(self.container)
         self.container.close()
 
@@ -294,6 +297,12 @@ def _plan(
     story.keyring = "" if options.no_new_keyring else f"_ses.{container.id}"
     story.state = container.hook_state
     linux = spec.linux
+    if linux and context.rootless and os.geteuid() != 0:
+        from boxship.linux.idmaps import maps_only_self
+
+        gids = [(x.container_id, x.host_id, x.size) for x in linux.gid_mappings]
+        # An ordinary user's own single map comes with setgroups(2) denied.
+        story.may_set_groups = not maps_only_self(gids, os.getegid())
     for ns in linux.namespaces if linux else []:
         if ns.path:
             story.joined[ns.type] = namespaces.open_namespace(ns.path, ns.type)
@@ -311,9 +320,11 @@ def take_filter(context: Context, spec: Spec, story: Story, container: Container
         return
     from boxship.linux.seccomp import compile_filter, listener_message
 
-    cache = os.path.join(os.path.dirname(context.root), "seccomp") if os.geteuid() == 0 else None
-    story.filter = compile_filter(linux.seccomp.encode(), cache_dir=cache)
-    if not story.filter.notify:
+    # "@" is in no container id.
+    story.filter = compile_filter(linux.seccomp.encode(), cache_dir=os.path.join(context.root, "@seccomp"))
+    if not story.filter.program:
+        story.filter = None
+    if story.filter is None or not story.filter.notify:
         return
 
     def hand(fd: int) -> None:
@@ -412,10 +423,12 @@ def wait_ready(story: Story) -> None:
 
 def hand_terminal(options: CreateOptions, master: int) -> int:
     """Give the terminal's master side to who asked for it, and close it then; -1, or the descriptor that is still ours."""
-    if not options.console_socket:
-        return master
-    from boxship.linux.terminal import send_fd
+    from boxship.linux.terminal import clear_onlcr, send_fd
 
+    if not options.console_socket:
+        # Now, before the container's process can read it: our side's terminal translates already.
+        clear_onlcr(master)
+        return master
     try:
         send_fd(options.console_socket, master, f"/dev/pts/{_terminal_number(master)}".encode())
     finally:

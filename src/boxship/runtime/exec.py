@@ -14,7 +14,9 @@ from boxship.abi import syscalls as sc
 from boxship.kit import failpoint
 from boxship.kit.errors import BoxshipError, FailedPrecondition, InvalidArgument
 from boxship.kit.files import read_all
+from boxship.linux import _sys
 from boxship.linux.remote import NEXT
+from boxship.linux.scheduler import ALL_CPUS, cpu_mask
 from boxship.oci import text
 from boxship.oci.config import Process, Spec
 from boxship.runtime import create, state
@@ -102,6 +104,7 @@ class _Joining:
         story = Story(context, spec, process, rootfs=container.rootfs, bundle=container.bundle)
         story.keyring = "" if options.no_new_keyring else f"_ses.{container.id}"
         story.state = container.hook_state
+        story.may_set_groups = b"deny" not in read_all(f"/proc/{container.pid}/setgroups")
         create.take_filter(context, spec, story, container)
         create.take_environment(context, story, options)
         self.story = story
@@ -115,7 +118,7 @@ class _Joining:
         story.be_born(story.executor)
         failpoint.hit("exec.born")
         if affinity and affinity.initial:
-            _set_affinity(story.remote.pid, affinity.initial)
+            self._bind(story, affinity.initial)
         self._enter(story)
         if self.process.terminal:
             story.open_terminal(mount=False)
@@ -124,7 +127,7 @@ class _Joining:
         create.take_attributes(self.context, story.spec, story)
         story.done()
         if affinity and affinity.final:
-            _set_affinity(story.remote.pid, affinity.final)
+            self._bind(story, affinity.final)
         story.complete_environment()
         if self.process.terminal:
             self.terminal = story.remote.descriptors.pop()
@@ -144,7 +147,11 @@ class _Joining:
                 raise InvalidArgument("--cgroup: the container has no cgroup")
             return
         story.cgroup = cgroup
-        story.join_cgroups = cgroup.join_fds(sub) if sub else cgroup.join_fds()
+        if sub:
+            story.join_cgroups = cgroup.join_fds(sub, init_pid=self.container.pid)
+        else:
+            story.born_in = cgroup.clone_fd(self.container.pid)
+            story.join_cgroups = cgroup.join_fds(unified=False, init_pid=self.container.pid)
 
     def _enter(self, story: Story) -> None:
         """Join cgroup and namespaces, all at once through init's pidfd, in the order that the kernel knows best."""
@@ -163,6 +170,10 @@ class _Joining:
         p.call(sc.SETSID, on_err=NEXT)
         p.call(sc.OPENAT, m.AT_FDCWD, "/proc", m.O_PATH | m.O_DIRECTORY | m.O_CLOEXEC, dst=story.proc, what="open /proc")
         story.join()
+        affinity = self.process.exec_cpu_affinity
+        if not (affinity and (affinity.initial or affinity.final)):
+            # Whatever CPUs the caller was bound to; the container's cpuset says which of them it may use.
+            p.call(sc.SCHED_SETAFFINITY, 0, len(ALL_CPUS), ALL_CPUS, on_err=NEXT)
         if flags:
             handle = os.pidfd_open(pid)
             story.own(handle)
@@ -182,21 +193,20 @@ class _Joining:
 
             p.call(sc.KEYCTL, JOIN_SESSION, story.keyring, what="unable to join session keyring")
 
+    def _bind(self, story: Story, cpus: str) -> None:
+        """Set the CPU affinity. Raises BoxshipError."""
+        pid = story.remote.pid
+        mask = cpu_mask(cpus) or b""
+        try:
+            _sys.syscall(sc.SCHED_SETAFFINITY, pid, len(mask), mask)
+        except OSError as error:
+            raise BoxshipError(f"error setting CPU affinity to {cpus}: {(error.strerror or '').lower()}") from None
+        self.context.debug(f"nsexec[{pid}]: affinity: {int.from_bytes(mask, 'little'):#x}")
+
     def undo(self) -> None:
         """Nothing of it stays."""
         if self.terminal >= 0:
             os.close(self.terminal)
         self.story.abandon()
         self.story.close_fds()
-
-
-def _set_affinity(pid: int, cpus: str) -> None:
-    from boxship.linux import _sys
-    from boxship.linux.scheduler import cpu_mask
-
-    mask = cpu_mask(cpus) or b""
-    try:
-        _sys.syscall(sc.SCHED_SETAFFINITY, pid, len(mask), mask)
-    except OSError as error:
-        raise BoxshipError(f"error setting CPU affinity to {cpus}: {(error.strerror or '').lower()}") from None
 

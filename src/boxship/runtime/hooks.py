@@ -7,9 +7,9 @@ Not here: createContainer and startContainer, which init runs (`boxship.runtime.
 
 from __future__ import annotations
 
+import _signal as signal
 import os
 import select
-import signal
 import time
 
 from boxship.kit.errors import BoxshipError

@@ -36,6 +36,7 @@ from boxship.kit import failpoint
 from boxship.kit.errors import BoxshipError, InvalidArgument
 from boxship.linux import mounts
 from boxship.linux.remote import CTL, NEXT, Label, Program, Reg, Remote, RemoteError, received
+from boxship.linux.scheduler import ALL_CPUS
 from boxship.runtime.rootfs import Rootfs, Source, inside
 
 TYPE_CHECKING = False
@@ -64,6 +65,7 @@ class Story:
         rootfs: absolute path of the root file system on the host.
         bundle: absolute path; relative mount sources start there.
         cgroup: the container's, made and limited already; None without.
+        born_in: the cgroup's directory in the v2 hierarchy, for init to be cloned into; -1 for none.
         join_cgroups: descriptors to write "0" to; closed at the end.
         new, joined: namespaces to make, and to enter (descriptor by type).
         filter: the compiled seccomp filter.
@@ -81,6 +83,7 @@ class Story:
         self.rootfs = rootfs
         self.bundle = bundle
         self.cgroup: Cgroup | None = None
+        self.born_in = -1
         self.join_cgroups: list[int] = []
         self.new: set[str] = set()
         self.joined: dict[str, int] = {}
@@ -94,6 +97,7 @@ class Story:
         self.no_pivot = False
         self.keyring = ""
         self.rootless = context.rootless
+        self.may_set_groups = True
         self.on_pid: Callable[[int], None] = lambda pid: None
         self.ready = -1
         self.remote: Remote = None  # type: ignore[assignment]  # from `be_born` on
@@ -145,10 +149,10 @@ class Story:
 
     def close_fds(self) -> None:
         """Close what the parent opened for the telling."""
-        fds = [*self.join_cgroups, *self.joined.values(), *self._opened]
+        fds = [*self.join_cgroups, *self.joined.values(), *self._opened, *([self.born_in] if self.born_in >= 0 else [])]
         for fd in fds:
             os.close(fd)
-        self.join_cgroups, self.joined, self._opened = [], {}, []
+        self.join_cgroups, self.joined, self._opened, self.born_in = [], {}, [], -1
 
     def abandon(self) -> None:
         """Kill init, if there is one, and wait for it: nothing is started that is not wanted any more."""
@@ -176,7 +180,7 @@ class Story:
                 self.at_once |= n.FLAGS[kind]
         stdio = self._stdio()
         try:
-            self.remote = self.context.parent.spawn(exe, "boxrun-init", stdio, self.at_once)
+            self.remote = self.context.parent.spawn(exe, "boxrun-init", stdio, self.at_once, self.born_in)
         finally:
             if self.process.terminal:
                 os.close(stdio[0])
@@ -208,6 +212,8 @@ class Story:
         # cgroup namespace shows as its root where its maker was. Each process writes itself ("0"): moving another one
         # makes the kernel wait for every process of the machine.
         self.join()
+        # Whatever CPUs the caller was bound to; the cpuset says which of them it may use.
+        p.call(sc.SCHED_SETAFFINITY, 0, len(ALL_CPUS), ALL_CPUS, on_err=NEXT)
         if "user" in self.new | self.joined.keys():
             self._enter_user_namespace()
         else:
@@ -311,7 +317,7 @@ class Story:
         self._not_dumpable()
 
     def _session_keyring(self) -> None:
-        # Not the caller's keyring: its keys are the host's. Possessor: all but setattr; user: view, read, link, search.
+        # Not the caller's keyring: its keys are the host's.
         from boxship.linux.keyring import SETPERM, JOIN_SESSION, permissions
 
         ring = self.p.new()
@@ -552,7 +558,7 @@ class Story:
 
     def take_scheduling(self) -> None:
         """Scheduler, I/O priority, memory policy, personality; umask last, after the last file was made."""
-        from boxship.linux import scheduler
+        from boxship.linux import personality, scheduler
 
         p = self.p
         process = self.process
@@ -570,7 +576,7 @@ class Story:
             p.call(sc.IOPRIO_SET, 1, 0, value, what="error setting I/O priority")
         linux = self.spec.linux
         if linux and linux.personality:
-            p.call(sc.PERSONALITY, 8 if linux.personality.domain == "LINUX32" else 0, what="unable to set personality")
+            p.call(sc.PERSONALITY, personality.domain(linux.personality.domain), what="unable to set personality")
         if linux and linux.memory_policy:
             policy = linux.memory_policy
             mode, nodes, count = scheduler.memory_policy(policy.mode, policy.nodes or "", list(policy.flags))
@@ -649,8 +655,6 @@ class Story:
         p.call(sc.SETRESGID, gid, gid, gid, what=f"unable to setup user: cannot setgid to gid {gid}")
         p.call(sc.SETRESUID, uid, uid, uid, what=f"unable to setup user: cannot setuid to uid {uid}")
 
-    may_set_groups = True
-
     def _capabilities(self, bounding: int) -> None:
         from boxship.linux import capabilities
 
@@ -661,9 +665,13 @@ class Story:
         self.p.call(sc.CAPSET, header, data, what="unable to apply caps")
         self.p.call(sc.PRCTL, _PR_CAP_AMBIENT, 4, 0, 0, 0, on_err=NEXT)  # PR_CAP_AMBIENT_CLEAR_ALL
         for number in range(capabilities.last_cap() + 1):
-            if masks["ambient"] >> number & 1:
-                # Refused where it is not inheritable too; runc warns, the spec has it an error of the configuration.
-                self.p.call(sc.PRCTL, _PR_CAP_AMBIENT, 2, number, 0, 0, on_err=NEXT)
+            if not masks["ambient"] >> number & 1:
+                continue
+            if (masks["permitted"] & masks["inheritable"]) >> number & 1:
+                self.p.call(sc.PRCTL, _PR_CAP_AMBIENT, 2, number, 0, 0, what="can't raise ambient capability")
+            else:
+                name = capabilities.names(1 << number)[0]
+                self.context.warn(f"can't raise ambient capability {name}: operation not permitted")
 
     def load_filter(self) -> None:
         """Install the seccomp filter, and hand its listener over.

@@ -7,10 +7,10 @@ Not here: `create` (its own module), `exec`, `checkpoint`, `events`.
 
 from __future__ import annotations
 
+import _signal as signal
 import errno
 import os
 import select
-import signal
 import time
 
 from boxship.kit import failpoint

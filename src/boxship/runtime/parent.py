@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         pid: int
         """The process whose child init is: the caller's view of "self" for cgroups and limits."""
 
-        def spawn(self, exe: int, name: str, stdio: Sequence[int], clone_flags: int) -> remote.Remote:
+        def spawn(self, exe: int, name: str, stdio: Sequence[int], clone_flags: int, cgroup: int = -1) -> remote.Remote:
             """As `remote.spawn`."""
 
         def wait(self, pid: int) -> int:
@@ -50,9 +50,9 @@ class Direct:
         self.stdio = stdio
         self.pid = os.getpid()
 
-    def spawn(self, exe: int, name: str, stdio: Sequence[int], clone_flags: int) -> remote.Remote:
+    def spawn(self, exe: int, name: str, stdio: Sequence[int], clone_flags: int, cgroup: int = -1) -> remote.Remote:
         """See `Parent`."""
-        return remote.spawn(exe, name, stdio, clone_flags)
+        return remote.spawn(exe, name, stdio, clone_flags, cgroup)
 
     def wait(self, pid: int) -> int:
         """See `Parent`."""
@@ -60,8 +60,8 @@ class Direct:
 
     def attend(self, pid: int, terminal: int) -> int:
         """See `Parent`. From another thread than the main one signals are not passed on: Python has no handlers there."""
+        import _signal as signal
         import select
-        import signal
 
         from boxship.linux.terminal import Session
 

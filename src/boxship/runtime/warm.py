@@ -74,11 +74,11 @@ class Caller:
         kind, a, b, _ = _WORD.unpack(data)
         return kind, a, b, fds
 
-    def spawn(self, exe: int, name: str, stdio: Sequence[int], clone_flags: int) -> remote.Remote:
+    def spawn(self, exe: int, name: str, stdio: Sequence[int], clone_flags: int, cgroup: int = -1) -> remote.Remote:
         """See `Parent`."""
         ours, theirs, memory = remote.channel()
         try:
-            self.ask(_SPAWN, clone_flags, 0, [exe, *stdio, theirs, memory])
+            self.ask(_SPAWN, clone_flags, int(cgroup >= 0), [exe, *stdio, theirs, memory, *([cgroup] if cgroup >= 0 else [])])
         finally:
             os.close(theirs)
         _, pid, _, _ = self.answer()

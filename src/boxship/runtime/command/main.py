@@ -24,6 +24,12 @@ VERSION = "0.1.0"
 SPEC_VERSION = "1.3.0"
 
 
+_OWN_PATHS = (
+    ("/dev/fd", "/fd"), ("/dev/stdin", "/fd/0"), ("/dev/stdout", "/fd/1"), ("/dev/stderr", "/fd/2"), ("/proc/self", ""),
+    ("/proc/thread-self", ""),
+)
+
+
 class Invocation:
     """One call of boxrun: what the caller is, and what it asked for globally.
 
@@ -55,8 +61,14 @@ class Invocation:
         return b"".join(parts)
 
     def path(self, path: str) -> str:
-        """A path as the caller means it."""
-        return os.path.normpath(os.path.join(self.cwd, path))
+        """A path as the caller means it, also below /dev/fd and /proc/self, which lead to the process that asks."""
+        path = os.path.normpath(os.path.join(self.cwd, path))
+        if self.parent.pid != os.getpid():
+            theirs = f"/proc/{self.parent.pid}"
+            for own, caller in _OWN_PATHS:
+                if path == own or path.startswith(own + "/"):
+                    return theirs + caller + path[len(own) :]
+        return path
 
     def run(self) -> int:
         """Do what was asked, and return the exit code. Errors go to the log and to standard error."""
