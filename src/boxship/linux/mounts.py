@@ -282,3 +282,12 @@ def umount(target: str, flags: int = 0) -> None:
 def pivot_root(new_root: str, put_old: str) -> None:
     """pivot_root(2)."""
     _sys.syscall(syscalls.PIVOT_ROOT, _path(new_root), _path(put_old))
+
+
+def umount_below(path: str) -> None:
+    """Detach every mount below `path`, the newest first, but not one on `path` itself."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+        points = [line.split()[4].encode("latin-1", "backslashreplace").decode("unicode_escape") for line in table]
+    for point in reversed(points):
+        if point.startswith(path.rstrip("/") + "/"):
+            umount(point, m.MNT_DETACH)

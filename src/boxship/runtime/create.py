@@ -35,6 +35,15 @@ SPEC_LIMIT = 64 << 20
 _LISTENER_TIMEOUT_S = 10.0
 
 
+def unmount(container: Container, spec: Spec) -> None:
+    """Take away the mounts of a container without a mount namespace of its own: they were made in the caller's."""
+    if any(ns.type == "mount" for ns in spec.linux.namespaces) if spec.linux else False:
+        return
+    from boxship.linux.mounts import umount_below
+
+    umount_below(container.rootfs)
+
+
 def load_spec(context: Context, bundle: str) -> tuple[Spec, bytes]:
     """The configuration of a bundle, decoded and checked, and its bytes. Raises InvalidArgument, NotFound."""
     path = os.path.join(bundle, "config.json")
@@ -60,8 +69,9 @@ def create(
         check_terminal(made.spec, options, detach=True)
         made.tell(waits=True)
     except BaseException as error:
+        explained = explain(made.story, error)
         made.undo()
-        raise explain(made.story, error) from error
+        raise explained from error
     return made.container
 
 
@@ -104,7 +114,14 @@ class Creation:
         failpoint.hit("create.born")
         if self.cgroup is not None and self.cgroup.needs_pid:
             self.cgroup.add(story.remote.pid)
+            if not story.forks:
+                self.cgroup.apply(self.limits)
         story.enter()
+        if self.cgroup is not None and story.forks:
+            # Not before init's own fork: a limit of one process is for the user's. And not while init is at work:
+            # device rules are replaced one by one, and in between nothing is allowed.
+            story.perform()
+            self.cgroup.apply(self.limits)
         story.keep_fifo()
         story.perform()
         story.learn_fifo()
@@ -122,9 +139,6 @@ class Creation:
         story.go()
         # While init is at it: limits of the process, from outside where that takes privilege.
         take_attributes(context, spec, story)
-        if self.cgroup is not None:
-            # Not before init's own forks: a limit of one process is for the user's.
-            self.cgroup.apply(self.limits)
         story.done()
         story.complete_environment()
         failpoint.hit("create.root")
@@ -152,6 +166,8 @@ class Creation:
         cgroup.create(self.limits)
         # systemd makes the scope around a process instead: see `tell`.
         if not cgroup.needs_pid:
+            if not story.forks:
+                cgroup.apply(self.limits)
             story.born_in = cgroup.clone_fd()
             story.join_cgroups = cgroup.join_fds(unified=False)
 
@@ -225,6 +241,7 @@ class Creation:
             story.close_fds()
         if self.cgroup is not None and self.made_cgroup:
             self.cgroup.abandon()
+        unmount(self.container, self.spec)
         state.discard(self.container)
         self.container.close()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 
-from boxship.abi import mount as m
 from boxship.abi import namespace as n
 from boxship.abi import syscalls as sc
 from boxship.kit import failpoint
@@ -49,8 +48,9 @@ def execute(context: Context, container_id: str, process: Process, options: Exec
         try:
             joining.tell()
         except BaseException as error:
+            explained = create.explain(joining.story, error, "error executing setns process")
             joining.undo()
-            raise create.explain(joining.story, error, "error executing setns process") from error
+            raise explained from error
         pid, terminal = joining.story.remote.pid, joining.terminal
         joining.story.close_fds()
         joining.story.remote.close()
@@ -112,11 +112,16 @@ class _Joining:
     def tell(self) -> None:
         """As `Creation.tell`, with doors that are there already instead of walls to build."""
         story = self.story
-        self._cgroup(story)
+        sub = sub_cgroups(self.options.cgroup)
+        if not sub:
+            self._cgroup(story)
         affinity = self.process.exec_cpu_affinity
         story.executor = executor()
         story.be_born(story.executor)
+        self.context.debug("nsexec container setup")
         failpoint.hit("exec.born")
+        if sub:
+            self._sub_cgroup(story, sub)
         if affinity and affinity.initial:
             self._bind(story, affinity.initial)
         self._enter(story)
@@ -124,6 +129,7 @@ class _Joining:
             story.open_terminal(mount=False)
         story.look_up_home()
         story.go()
+        self.context.debug("child process in init()")
         create.take_attributes(self.context, story.spec, story)
         story.done()
         if affinity and affinity.final:
@@ -135,23 +141,25 @@ class _Joining:
         create.tell_identity(story)
         story.go()
         create.wait_ready(story)
+        self.context.debug("setns_init: about to exec")
         failpoint.hit("exec.ready")
         create.announce(self.context, self.options, story.remote.pid, b"setns")
         story.remote.release()
 
     def _cgroup(self, story: Story) -> None:
-        cgroup = self.container.control_group()
-        sub = sub_cgroups(self.options.cgroup)
-        if cgroup is None:
-            if sub:
-                raise InvalidArgument("--cgroup: the container has no cgroup")
-            return
-        story.cgroup = cgroup
-        if sub:
-            story.join_cgroups = cgroup.join_fds(sub, init_pid=self.container.pid)
-        else:
+        story.cgroup = cgroup = self.container.control_group()
+        if cgroup is not None:
             story.born_in = cgroup.clone_fd(self.container.pid)
             story.join_cgroups = cgroup.join_fds(unified=False, init_pid=self.container.pid)
+
+    def _sub_cgroup(self, story: Story, sub: dict[str, str]) -> None:
+        story.cgroup = cgroup = self.container.control_group()
+        if cgroup is None:
+            raise InvalidArgument("--cgroup: the container has no cgroup")
+        try:
+            story.join_cgroups = cgroup.join_fds(sub, init_pid=self.container.pid)
+        except BoxshipError as error:
+            raise type(error)(f"error adding pid {story.remote.pid} to cgroups: {error}") from None
 
     def _enter(self, story: Story) -> None:
         """Join cgroup and namespaces, all at once through init's pidfd, in the order that the kernel knows best."""
@@ -168,7 +176,7 @@ class _Joining:
                 flags |= flag
         p.call(sc.PRCTL, 4, 0, 0, 0, 0, what="prctl(PR_SET_DUMPABLE)")
         p.call(sc.SETSID, on_err=NEXT)
-        p.call(sc.OPENAT, m.AT_FDCWD, "/proc", m.O_PATH | m.O_DIRECTORY | m.O_CLOEXEC, dst=story.proc, what="open /proc")
+        story.open_proc()
         story.join()
         affinity = self.process.exec_cpu_affinity
         if not (affinity and (affinity.initial or affinity.final)):

@@ -116,6 +116,11 @@ class Story:
         """Whether the container has a user namespace of its own."""
         return self.joined_user or "user" in self.new or "user" in self.joined
 
+    @property
+    def forks(self) -> bool:
+        """Whether init itself has to fork to get into its namespaces (see `be_born`)."""
+        return self.userns or "pid" in self.joined or "time" in self.new | self.joined.keys()
+
     # --- telling -------------------------------------------------------------------------------------------------
 
     def send(self, fd: int) -> Reg:
@@ -175,7 +180,7 @@ class Story:
         a namespace to join the order matters, and a time namespace begins only for children. Those take `enter`.
         """
         self.at_once = 0
-        if not self.userns and "time" not in self.new | self.joined.keys() and "pid" not in self.joined:
+        if not self.forks:
             for kind in self.new - {"cgroup"}:
                 self.at_once |= n.FLAGS[kind]
         stdio = self._stdio()
@@ -207,7 +212,7 @@ class Story:
         p.call(sc.SETSID, on_err=NEXT)
         # The host's own procfs, from before anything of the container can stand in its place (CVE-2025-52881). What is
         # written through it concerns the writer: its network namespace, its security attributes.
-        p.call(sc.OPENAT, m.AT_FDCWD, "/proc", m.O_PATH | m.O_DIRECTORY | m.O_CLOEXEC, dst=self.proc, what="open /proc")
+        self.open_proc()
         # Cgroups come first of all: what the kernel allocates for the namespaces is then on the container's account, and a
         # cgroup namespace shows as its root where its maker was. Each process writes itself ("0"): moving another one
         # makes the kernel wait for every process of the machine.
@@ -224,7 +229,7 @@ class Story:
             rest |= n.FLAGS[kind]
         rest &= ~self.at_once
         if rest:
-            p.call(sc.UNSHARE, rest, what="unable to unshare namespaces")
+            self.p.call(sc.UNSHARE, rest, what="unable to unshare namespaces")
         if "time" in self.new and self.spec.linux and self.spec.linux.time_offsets:
             self._time_offsets()
         if rest & n.CLONE_NEWPID or "pid" in self.joined or "time" in self.new | self.joined.keys():
@@ -233,6 +238,20 @@ class Story:
             self._session_keyring()
         if "network" in self.new:
             self._loopback()
+
+    def open_proc(self) -> None:
+        """Open the host's /proc, for as long as init is ours."""
+        p = self.p
+        fd = p.new()
+        p.call(sc.OPENAT, m.AT_FDCWD, "/proc", m.O_PATH | m.O_DIRECTORY | m.O_CLOEXEC, dst=fd, what="open /proc")
+        self._keep(fd, self.proc)
+
+    def _keep(self, fd: Reg, register: Reg) -> int:
+        """Move a descriptor out of the numbers that `pass_descriptors` fills, into `register`; the operation's index."""
+        least = 3 + 2 * len(self.preserve_fds) + 1
+        index = self.p.call(sc.FCNTL, fd, 1030, least, dst=register, what="dup")  # F_DUPFD_CLOEXEC
+        self.fs.close(fd)
+        return index
 
     def join(self) -> None:
         """Enter the cgroups of `join_cgroups`."""
@@ -313,8 +332,9 @@ class Story:
         self.remote.pid = int.from_bytes(self.remote.data(pid, 4), "little")
         self.on_pid(self.remote.pid)
         self.context.parent.wait(before)
-        # Inherited by fork, but not what an exec or a change of ids would have reset.
         self._not_dumpable()
+        # A terminal has to be taken by the leader of a session, which the child of one is not.
+        self.p.call(sc.SETSID, on_err=NEXT)
 
     def _session_keyring(self) -> None:
         # Not the caller's keyring: its keys are the host's.
@@ -342,13 +362,12 @@ class Story:
         if linux and linux.rootfs_propagation:
             propagation = mounts.PROPAGATION.get("r" + linux.rootfs_propagation.removeprefix("r"), 0)
         p.call(sc.OPENAT, m.AT_FDCWD, "/dev/null", m.O_PATH | m.O_CLOEXEC, dst=self.null, what="open /dev/null")
-        if "mount" not in self.new:
-            # Joined or shared: no mount of ours may stay in it.
-            p.call(
-                sc.OPENAT, m.AT_FDCWD, self.rootfs, m.O_PATH | m.O_DIRECTORY | m.O_CLOEXEC, dst=self.root, what=f"open {self.rootfs}"
-            )
-            return
-        self.fs.take_root(self.rootfs, propagation)
+        if "mount" in self.new:
+            self.fs.take_root(self.rootfs, propagation)
+        else:
+            # The mounts are made all the same, as runc does, in a namespace that is others' too; delete takes them away.
+            flags = m.O_PATH | m.O_DIRECTORY | m.O_CLOEXEC
+            p.call(sc.OPENAT, m.AT_FDCWD, self.rootfs, flags, dst=self.root, what=f"open {self.rootfs}")
         for mount in self.spec.mounts:
             self._mount(mount)
             if len(self.p) > _PROGRAM_LIMIT or len(self.fds) > 200:
@@ -494,14 +513,15 @@ class Story:
         """The last of each name wins, and HOME is there. Call it when what `look_up_home` told is done."""
         seen: dict[str, str] = {}
         for entry in reversed(self.env):
-            key, equals, value = entry.partition("=")
+            key, equals, _ = entry.partition("=")
             if not equals:
                 raise InvalidArgument("invalid environment variable: missing '='")
             if not key:
                 raise InvalidArgument("invalid environment variable: name cannot be empty")
-            if key not in seen and not (key == "HOME" and not value):
+            if key not in seen:
                 seen[key] = entry
-        if "HOME" not in seen:
+        if len(seen.get("HOME", "HOME=")) == len("HOME="):
+            seen.pop("HOME", None)
             seen = {"HOME": "HOME=" + self._home(), **seen}
         self.env = list(reversed(seen.values()))
 
@@ -586,8 +606,17 @@ class Story:
 
     def pass_descriptors(self) -> None:
         """Put the descriptors that the caller asked to keep into place, from 3 on; all others close at exec."""
+        high = []
+        count = len(self.preserve_fds)
         for i, fd in enumerate(self.preserve_fds):
-            self.p.call(sc.DUP3, self.send(fd), 3 + i, 0, what=f"pass descriptor {3 + i}")
+            # First all out of the way of one another.
+            high.append(self.p.keep())
+            came = self.send(fd)
+            self.p.call(sc.FCNTL, came, 1030, 3 + count, dst=high[i], what=f"pass descriptor {3 + i}")
+            self.fs.close(came)
+        for i, fd_register in enumerate(high):
+            self.p.call(sc.DUP3, fd_register, 3 + i, 0, what=f"pass descriptor {3 + i}")
+            self.fs.close(fd_register)
 
     def become_user(self) -> None:
         """From the runtime's identity to the process's: directory, bounding set, ids, capabilities, in that order.
@@ -754,8 +783,7 @@ class Story:
     def keep_fifo(self) -> None:
         """Take exec.fifo along; only init knows under which number."""
         if self.exec_fifo >= 0:
-            self._fifo_index = self.p.call(sc.FCNTL, self.send(self.exec_fifo), 1030, 3, dst=self.p.keep(), what="dup")
-            self.fs.close(received(len(self.fds) - 1))
+            self._fifo_index = self._keep(self.send(self.exec_fifo), self.p.keep())
 
     def learn_fifo(self) -> None:
         """Call it when the program of `keep_fifo` is done."""

@@ -18,7 +18,7 @@ from boxship.kit.errors import BoxshipError, FailedPrecondition
 from boxship.kit.files import read_all
 from boxship.oci import text
 from boxship.runtime import hooks, state
-from boxship.runtime.create import Creation, check_terminal, create, explain, prepare
+from boxship.runtime.create import check_terminal, create, explain, prepare, unmount
 from boxship.runtime.options import CreateOptions
 from boxship.runtime.state import Container, NotRunning, open_container
 
@@ -50,8 +50,9 @@ def run(
         story.remote.release()
         _poststart(made.container, made.spec.hooks)
     except BaseException as error:
+        explained = explain(made.story, error)
         made.undo()
-        raise explain(made.story, error) from error
+        raise explained from error
     container = made.container
     if detach:
         container.close()
@@ -231,6 +232,8 @@ def _destroy(container: Container) -> None:
         spec = container.spec()
     except (FileNotFoundError, BoxshipError):
         spec = None  # a create that was killed before it had written the configuration: no hooks ran either
+    if spec is not None:
+        unmount(container, spec)
     if spec is not None and spec.hooks and spec.hooks.poststop:
         for i, hook in enumerate(spec.hooks.poststop):
             try:

@@ -93,6 +93,11 @@ class Invocation:
                 message = f"boxrun {name} failed: {message}"
             self._fatal(message)
             return 255 if name == "exec" else 1
+        except Exception as error:  # noqa: BLE001  # the last resort: a bug is reported like any failure, not as silence
+            import traceback
+
+            self._fatal(f"internal error in {name or 'boxrun'}: {''.join(traceback.format_exception(error))}")
+            return 255 if name == "exec" else 1
 
     def _fatal(self, message: str) -> None:
         log = self.log or Log(self.parent.stdio[2])
