@@ -37,7 +37,7 @@ static int64_t regs[REGS];
 static int forked;
 
 #if defined(__x86_64__)
-enum { NR_write = 1, NR_close = 3, NR_mmap = 9, NR_recvmsg = 47, NR_clone = 56, NR_fcntl = 72, NR_exit_group = 231 };
+enum { NR_rt_sigaction = 13, NR_write = 1, NR_close = 3, NR_mmap = 9, NR_recvmsg = 47, NR_clone = 56, NR_fcntl = 72, NR_exit_group = 231 };
 static inline long call(long nr, long a, long b, long c, long d, long e, long f)
 {
 	register long r10 __asm__("r10") = d;
@@ -50,7 +50,7 @@ static inline long call(long nr, long a, long b, long c, long d, long e, long f)
 }
 __asm__(".globl _start\n_start:\n xor %ebp,%ebp\n and $-16,%rsp\n call serve\n hlt\n");
 #elif defined(__aarch64__)
-enum { NR_close = 57, NR_mmap = 222, NR_write = 64, NR_recvmsg = 212, NR_clone = 220, NR_fcntl = 25, NR_exit_group = 94 };
+enum { NR_rt_sigaction = 134, NR_close = 57, NR_mmap = 222, NR_write = 64, NR_recvmsg = 212, NR_clone = 220, NR_fcntl = 25, NR_exit_group = 94 };
 static inline long call(long nr, long a, long b, long c, long d, long e, long f)
 {
 	register long x8 __asm__("x8") = nr;
@@ -168,8 +168,25 @@ static uint32_t receive(void)
 	return word.first;
 }
 
+/* As pid 1 of its namespace a process is deaf to signals that it has no handler for; but whoever asks a container to end
+ * that has not been started yet means it. The handlers are gone with the exec. */
+static void end(int signal)
+{
+	quit(128 + signal);
+}
+
+static void heed_signals(void)
+{
+	static const uint8_t signals[] = {1, 2, 3, 10, 12, 13, 14, 15};  /* HUP INT QUIT USR1 USR2 PIPE ALRM TERM */
+	/* x86_64 wants a place to return to (SA_RESTORER); nothing returns. */
+	struct { void (*handler)(int); uint64_t flags; void (*restorer)(int); uint64_t mask; } action = {end, 0x04000000, end, 0};
+	for (unsigned i = 0; i < sizeof signals; i++)
+		call(NR_rt_sigaction, signals[i], (long)&action, 0, 8, 0, 0);
+}
+
 __attribute__((used)) void serve(void)
 {
+	heed_signals();
 	/* Low numbers belong to the container; the socket goes up, and closes at exec. */
 	long ctl = call(NR_fcntl, 3, F_DUPFD_CLOEXEC_, 1000, 0, 0, 0);
 	if (ctl == -EINVAL_)  /* a limit below 1000 open files */

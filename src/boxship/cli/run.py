@@ -117,8 +117,8 @@ class Run:
             self.scratch.remove(self._delete_as_root)
 
     def _context(self) -> Context:
+        from boxship.cli.foreground import Foreground
         from boxship.runtime.context import Context
-        from boxship.runtime.parent import Direct
 
         stdin = 0 if self.parsed.switch("interactive") else os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         root = ""
@@ -133,7 +133,7 @@ class Run:
             if level in ("warning", "error") or "BOXSHIP_DEBUG" in self.environ:
                 self.say(f"{level}: {message}")
 
-        return Context(root, parent=Direct((stdin, 1, 2)), log=log, environ=self.environ, cwd=self.cwd)
+        return Context(root, parent=Foreground((stdin, 1, 2)), log=log, environ=self.environ, cwd=self.cwd)
 
     def _choose_maps(self, kind: str) -> None:
         from boxship.cli import idmap

@@ -284,10 +284,21 @@ def pivot_root(new_root: str, put_old: str) -> None:
     _sys.syscall(syscalls.PIVOT_ROOT, _path(new_root), _path(put_old))
 
 
+def mount_points(*fstypes: str) -> list[str]:
+    """Where file systems (of those types, or all) are mounted, in the order of mounting."""
+    points = []
+    with open("/proc/self/mountinfo", "rb") as table:
+        for line in table:
+            fields, _, kind = line.partition(b" - ")
+            if not fstypes or kind.split(b" ", 1)[0].decode() in fstypes:
+                # Blanks and the like are written as \040.
+                point = fields.split(b" ")[4].decode("unicode_escape").encode("latin-1")
+                points.append(os.fsdecode(point))
+    return points
+
+
 def umount_below(path: str) -> None:
     """Detach every mount below `path`, the newest first, but not one on `path` itself."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
-        points = [line.split()[4].encode("latin-1", "backslashreplace").decode("unicode_escape") for line in table]
-    for point in reversed(points):
+    for point in reversed(mount_points()):
         if point.startswith(path.rstrip("/") + "/"):
             umount(point, m.MNT_DETACH)

@@ -266,7 +266,7 @@ def _resources(linux: Linux, warnings: list[str]) -> None:
         if not device.access:
             raise InvalidArgument(f"device access at {index} field cannot be empty")
         if device.access.strip("rwm"):
-            raise InvalidArgument(
+            warnings.append(
                 f"linux.resources.devices[{index}].access: expected letters of rwm, got {_quote(device.access)}"
             )
     memory = resources.memory

@@ -9,13 +9,14 @@ where the cgroup is; init ends by itself when the runtime is gone; so `delete --
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 
 from boxship.abi.namespace import FILES
 from boxship.kit import failpoint
 from boxship.kit.errors import BoxshipError, FailedPrecondition, InvalidArgument
-from boxship.kit.files import read_all, write_atomic
+from boxship.kit.files import read_all, write_all, write_atomic
 from boxship.linux import namespaces
 from boxship.linux.cgroups import Cgroup
 from boxship.linux.remote import RemoteError, RemoteGone
@@ -351,7 +352,13 @@ def take_filter(context: Context, spec: Spec, story: Story, container: Container
         described = text.loads(container.hook_state(state.CREATING if container.creating else state.RUNNING), "state")
         assert isinstance(described, dict)
         message = listener_message(described, story.remote.pid, story.filter.listener_metadata)
-        send_fd(story.filter.listener_path, fd, message)
+        try:
+            send_fd(story.filter.listener_path, fd, message)
+        except OSError as error:
+            raise BoxshipError(
+                "failed to connect with seccomp agent specified in the seccomp profile: dial unix"
+                f" {story.filter.listener_path}: connect: {(error.strerror or '').lower()}"
+            ) from None
 
     story.hand_listener = hand
 
@@ -438,6 +445,16 @@ def wait_ready(story: Story) -> None:
         story.remote.fetched()
 
 
+def let_go(story: Story) -> None:
+    """Let init execute the program. When that fails the process's own standard error gets a line too, as from runc's init."""
+    try:
+        story.remote.release()
+    except RemoteError as error:
+        if error.what.startswith("exec "):
+            write_all(story.context.parent.stdio[2], f"{error}\n".encode(errors="surrogateescape"))
+        raise
+
+
 def hand_terminal(options: CreateOptions, master: int) -> int:
     """Give the terminal's master side to who asked for it, and close it then; -1, or the descriptor that is still ours."""
     from boxship.linux.terminal import clear_onlcr, send_fd
@@ -499,6 +516,10 @@ def explain(story: Story | None, error: BaseException, doing: str = "error durin
     """The error for the user: a failed step of init in runc's words; others as they are."""
     if isinstance(error, RemoteError):
         what = str(error)
+        linux = story.spec.linux if story is not None else None
+        if error.what == "error setting scheduler" and error.errno == errno.EPERM and linux and linux.resources \
+                and linux.resources.cpu and linux.resources.cpu.cpus:
+            what = "process scheduler can't be used together with AllowedCPUs"
         if error.what.startswith("@") and story is not None:
             _, offset, context = error.what.split("@", 2)
             status = int.from_bytes(story.remote.data(int(offset), 4), "little")

@@ -144,7 +144,7 @@ class _Joining:
         self.context.debug("setns_init: about to exec")
         failpoint.hit("exec.ready")
         create.announce(self.context, self.options, story.remote.pid, b"setns")
-        story.remote.release()
+        create.let_go(story)
 
     def _cgroup(self, story: Story) -> None:
         story.cgroup = cgroup = self.container.control_group()

@@ -109,7 +109,8 @@ class Story:
         self.proc = self.p.keep()
         self.root = self.p.keep()
         self.null = self.p.keep()
-        self.fs = Rootfs(self.p, self.root, userns=self.userns)
+        self.fs = Rootfs(self.p, self.root, rootfs, perform=self.perform)
+        self.fs.remote = lambda: self.remote
 
     @property
     def userns(self) -> bool:
@@ -158,6 +159,7 @@ class Story:
         for fd in fds:
             os.close(fd)
         self.join_cgroups, self.joined, self._opened, self.born_in = [], {}, [], -1
+        self.fs.close_host()
 
     def abandon(self) -> None:
         """Kill init, if there is one, and wait for it: nothing is started that is not wanted any more."""
@@ -231,6 +233,7 @@ class Story:
         if rest:
             self.p.call(sc.UNSHARE, rest, what="unable to unshare namespaces")
         if "time" in self.new and self.spec.linux and self.spec.linux.time_offsets:
+            self.perform()
             self._time_offsets()
         if rest & n.CLONE_NEWPID or "pid" in self.joined or "time" in self.new | self.joined.keys():
             self.become_child()
@@ -307,12 +310,18 @@ class Story:
         write_id_maps(self.remote.pid, uids, gids, deny_setgroups=self.rootless)
 
     def _time_offsets(self) -> None:
+        # From outside: the file is not init's own once it is no longer dumpable.
         assert self.spec.linux is not None
-        lines = "".join(f"{clock} {o.secs or 0} {o.nanosecs or 0}\n" for clock, o in self.spec.linux.time_offsets.items()).encode()
-        fd = self.p.new()
-        self.p.call(sc.OPENAT, self.proc, "self/timens_offsets", os.O_WRONLY | m.O_CLOEXEC, dst=fd, what="open timens_offsets")
-        self.p.call(sc.WRITE, fd, lines, len(lines), what="failed to update /proc/self/timens_offsets")
-        self.fs.close(fd)
+        lines = "".join(f"{clock} {o.secs} {o.nanosecs}\n" for clock, o in self.spec.linux.time_offsets.items())
+        path = f"/proc/{self.remote.pid}/timens_offsets"
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(fd, lines.encode())
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise BoxshipError(f"failed to update {path}: {(error.strerror or '').lower()}") from None
 
     def become_child(self) -> None:
         """Go on in a child: a pid or time namespace takes in children only.
@@ -385,6 +394,7 @@ class Story:
         return True
 
     def _mount(self, mount: object) -> None:
+        self.fs.userns = self.userns
         from boxship.runtime.sources import copy_up, open_source
 
         options = mounts.parse_options(mount.options)  # type: ignore[attr-defined]
@@ -396,8 +406,7 @@ class Story:
             source, fd = open_source(self, mount, options)
             if fd >= 0:
                 source.received = len(self.fds)
-                self.fds.append(fd)
-                self.own(fd)
+                self.fds.append(self.own(fd))
         if options.copy_up and source is None:
             copy_up(self, mount, options)
             return
@@ -429,6 +438,8 @@ class Story:
             if linux.masked_paths:
                 self.fs.masks(linux.masked_paths, self.null)
         self.fs.close(self.null)
+        if own_mounts and self.no_pivot:
+            self.fs.hide_host(self.rootfs)
         self.fs.change_root(pivot=not self.no_pivot, rootfs=self.rootfs, has_mount_ns=own_mounts)
         if own_mounts and linux and linux.rootfs_propagation in ("shared", "unbindable"):
             flag = m.MS_SHARED if linux.rootfs_propagation == "shared" else m.MS_UNBINDABLE
@@ -740,7 +751,7 @@ class Story:
             candidate = f"{folder or '.'}/{name}"
             nope = Label()
             p.set(path, candidate)
-            p.call(sc.FACCESSAT, m.AT_FDCWD, candidate, 1, on_err=nope)
+            p.call(sc.FACCESSAT2, m.AT_FDCWD, candidate, 1, m.AT_EACCESS, on_err=nope)
             fd = p.new()
             missing = Label()
             p.call(sc.OPENAT, m.AT_FDCWD, candidate, m.O_PATH | m.O_DIRECTORY | m.O_CLOEXEC, dst=fd, on_err=missing)
@@ -761,7 +772,7 @@ class Story:
         p.expect(
             buffer + 28, stat.S_IFDIR, mask=0o170000, differs=True, error=errno.EISDIR, what=f'!exec: "{name}": is a directory'
         )
-        p.call(sc.FACCESSAT, m.AT_FDCWD, path, 1, what=bad)
+        p.call(sc.FACCESSAT2, m.AT_FDCWD, path, 1, m.AT_EACCESS, what=bad)
 
     def wait_for_start(self) -> None:
         """Say "ready", and sleep until the word comes: from the parent in `run`, or by `start` opening exec.fifo.

@@ -18,7 +18,7 @@ from boxship.kit.errors import BoxshipError, FailedPrecondition
 from boxship.kit.files import read_all
 from boxship.oci import text
 from boxship.runtime import hooks, state
-from boxship.runtime.create import check_terminal, create, explain, prepare, unmount
+from boxship.runtime.create import check_terminal, create, explain, let_go, prepare, unmount
 from boxship.runtime.options import CreateOptions
 from boxship.runtime.state import Container, NotRunning, open_container
 
@@ -47,7 +47,7 @@ def run(
         made.tell(waits=False)
         story = made.story
         assert story is not None
-        story.remote.release()
+        let_go(story)
         _poststart(made.container, made.spec.hooks)
     except BaseException as error:
         explained = explain(made.story, error)

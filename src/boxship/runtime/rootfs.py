@@ -21,10 +21,13 @@ from boxship.abi import mount as m
 from boxship.abi import syscalls as sc
 from boxship.kit.errors import BoxshipError, InvalidArgument
 from boxship.linux import mounts
-from boxship.linux.remote import NEXT, Label, Program, Reg
+from boxship.linux.remote import NEXT, Label, Program, Reg, received
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from boxship.linux.remote import Remote
     from boxship.oci.config import Device, Mount
 
 _RESOLVE = m.RESOLVE_IN_ROOT | m.RESOLVE_NO_MAGICLINKS
@@ -45,6 +48,7 @@ DEFAULT_DEVICES = (
 _STATX_MODE, _STATX_RDEV = 28, 128  # offsets in struct statx
 _STATFS_SIZE = 120
 _STATX_BASIC = 0x7FF
+_MAX_LINKS = 40  # as the kernel
 
 
 def inside(path: str) -> str:
@@ -58,27 +62,33 @@ class Source:
     Attributes:
         path: absolute path on the host.
         is_dir: decides what a missing target is made as.
-        received: which of the descriptors sent along is the detached mount that the runtime made; None when init opens
-            the path itself.
+        received: which of the descriptors sent along is the detached mount that the runtime made; None when there is none.
+        shifted: whether it must be that one, since its ids are mapped; otherwise it is for when init cannot reach the path.
         is_proc: whether it lies in a procfs.
     """
 
-    __slots__ = ("is_dir", "is_proc", "path", "received")
+    __slots__ = ("is_dir", "is_proc", "path", "received", "shifted")
 
-    def __init__(self, path: str, *, is_dir: bool, is_proc: bool, received: int | None = None) -> None:
+    def __init__(self, path: str, *, is_dir: bool, is_proc: bool, shifted: bool = False) -> None:
         self.path = path
+        self.shifted = shifted
         self.is_dir = is_dir
         self.is_proc = is_proc
-        self.received = received
+        self.received: int | None = None
 
 
 class Rootfs:
     """Appends the operations for one container's file system to a program."""
 
-    def __init__(self, program: Program, root: Reg, *, userns: bool, label: str = "") -> None:
+    def __init__(self, program: Program, root: Reg, rootfs: str, *, perform: Callable[[], None], label: str = "") -> None:
+        """`rootfs` is the root's path on the host; `perform` carries out what was appended so far and makes a new program current: see `use`."""
         self.p = program
         self.root = root
-        self.userns = userns
+        self.perform = perform
+        self.remote: Callable[[], Remote]
+        self.userns = False
+        self.rootfs = rootfs
+        self.host_root = -1
         self.label = label
 
     def use(self, program: Program) -> None:
@@ -139,13 +149,62 @@ class Rootfs:
         if folder:
             self.close(parent)
 
-    def target(self, path: str, what: str, *, is_dir: bool, found: Label | None = None) -> Reg:
-        """The mount point at `path`, made when it is missing. `found` is jumped to when it was there."""
+    def close_host(self) -> None:
+        """Close the parent's own view of the root."""
+        if self.host_root >= 0:
+            os.close(self.host_root)
+            self.host_root = -1
+
+    def settle(self, path: str) -> str:
+        """`path` with dangling symbolic links of the image replaced by where they lead: mount points are made there.
+
+        Only text comes of it: what is made is made by init, without following links, so an image that changes meanwhile
+        gains nothing.
+        """
+        if self.host_root < 0:
+            self.host_root = os.open(self.rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.close(mounts.openat2(self.host_root, path or ".", m.O_PATH, 0, _RESOLVE))
+            return path
+        except FileNotFoundError:
+            pass
+        except OSError:
+            return path  # init meets the same obstacle, and says so
+        done: list[str] = []
+        rest = path.split("/")[::-1]
+        links = 0
+        while rest:
+            part = rest.pop()
+            if part in ("", "."):
+                continue
+            if part == "..":
+                done = done[:-1]
+                continue
+            done.append(part)
+            try:
+                fd = mounts.openat2(self.host_root, "/".join(done), m.O_PATH | m.O_NOFOLLOW, 0, _RESOLVE)
+            except OSError:
+                continue
+            try:
+                if stat.S_ISLNK(os.fstat(fd).st_mode):
+                    links += 1
+                    if links > _MAX_LINKS:
+                        raise BoxshipError(f"{self.p.context}too many levels of symbolic links in {path}")
+                    to = os.readlink("", dir_fd=fd)
+                    done = [] if to.startswith("/") else done[:-1]
+                    rest += to.split("/")[::-1]
+            finally:
+                os.close(fd)
+        return "/".join(done)
+
+    def target(self, path: str, what: str, *, is_dir: bool) -> Reg:
+        """The mount point at `path`, made when it is missing."""
         p = self.p
         register = p.new()
         there = Label()
+        path = self.settle(path)
         how = mounts.open_how(m.O_PATH, 0, _RESOLVE)
-        p.call(sc.OPENAT2, self.root, path, how, 24, dst=register, on_ok=found or there, on_err=NEXT)
+        p.call(sc.OPENAT2, self.root, path, how, 24, dst=register, on_ok=there, on_err=NEXT)
         if is_dir:
             self.make_directories(path, what, register)
         else:
@@ -194,8 +253,8 @@ class Rootfs:
             what=f'!"/{path}" cannot be mounted because it is inside /proc',
         )
 
-    def new_filesystem(self, fstype: str, source: str, options: mounts.Options, mode: Reg | None = None) -> Reg:
-        """fsopen … fsmount: a detached mount. `mode`: register with the permissions that its root is to have."""
+    def new_filesystem(self, fstype: str, source: str, options: mounts.Options) -> Reg:
+        """fsopen … fsmount: a detached mount."""
         p = self.p
         context, mounted = p.new(), p.new()
         p.call(sc.FSOPEN, fstype, m.FSOPEN_CLOEXEC, dst=context, what="fsopen")
@@ -217,11 +276,6 @@ class Rootfs:
             flags &= ~m.MS_RDONLY  # others still put things into it; `read_only` makes up for it
         p.call(sc.FSMOUNT, context, m.FSMOUNT_CLOEXEC, mounts.mount_attributes(flags), dst=mounted, what="fsmount")
         self.close(context)
-        if mode is not None:
-            handle = p.new()
-            p.call(sc.OPENAT, mounted, ".", os.O_RDONLY | m.O_DIRECTORY | m.O_CLOEXEC, dst=handle, what="open new file system")
-            p.call(sc.FCHMOD, handle, mode, what="set mode")
-            self.close(handle)
         return mounted
 
     def attach(self, mounted: Reg, target: Reg, options: mounts.Options) -> None:
@@ -255,33 +309,43 @@ class Rootfs:
             self._not_in_proc(path, target)
             self.attach(self.new_filesystem(fstype, source, options), target, options)
             return
-        # A tmpfs over a directory that was there keeps that directory's permissions.
-        found, done = Label(), Label()
-        target = self.target(path, "create mountpoint", is_dir=True, found=found)
-        self.attach(self.new_filesystem(fstype, source, options), target, options)
-        p.jump(done)
-        p.mark(found)
-        self._not_in_proc(path, target)
+        # A tmpfs over a directory that was there has that directory's permissions.
+        target = p.new()
+        missing = Label()
         buffer = p.place(bytes(256))
+        how = mounts.open_how(m.O_PATH, 0, _RESOLVE)
+        p.call(sc.OPENAT2, self.root, path, how, 24, dst=target, on_err=missing)
         p.point(p.call(sc.STATX, target, "", m.AT_EMPTY_PATH, _STATX_BASIC, 0, what="stat mountpoint"), 4, buffer)
-        mode = p.new()
-        p.load(buffer + _STATX_MODE, mode, 0o7777)
-        self.attach(self.new_filesystem(fstype, source, options, mode), target, options)
-        p.mark(done)
+        self.close(target)
+        p.mark(missing)
+        context = p.context
+        self.perform()
+        mode = int.from_bytes(self.remote().data(buffer + _STATX_MODE, 2), "little") & 0o7777
+        p = self.p
+        p.context = context
+        target = self.target(path, "create mountpoint", is_dir=True)
+        self._not_in_proc(path, target)
+        if mode:
+            options.data.insert(0, f"mode={mode:04o}")
+        self.attach(self.new_filesystem(fstype, source, options), target, options)
 
     def _bind(self, path: str, options: mounts.Options, source: Source) -> None:
         p = self.p
         recursive = m.AT_RECURSIVE if options.flags & m.MS_REC else 0
-        if source.received is not None:
-            from boxship.linux.remote import received
-
-            mounted = received(source.received)
-        else:
-            mounted = p.new()
+        mounted = p.new()
+        opened, closed = Label(), Label()
+        if not source.shifted:
+            flags = m.OPEN_TREE_CLONE | m.OPEN_TREE_CLOEXEC | recursive
             p.call(
-                sc.OPEN_TREE, m.AT_FDCWD, source.path, m.OPEN_TREE_CLONE | m.OPEN_TREE_CLOEXEC | recursive, dst=mounted,
-                what=f"open source {source.path}",
+                sc.OPEN_TREE, m.AT_FDCWD, source.path, flags, dst=mounted, what=f"open source {source.path}", on_ok=opened,
+                on_err=closed if source.received is not None else 0,
             )
+        p.mark(closed)
+        if source.received is not None:
+            p.call(sc.FCNTL, received(source.received), 1030, 3, dst=mounted, what="dup")
+        p.mark(opened)
+        if source.received is not None:
+            self.close(received(source.received))
         target = self.target(path, "create mountpoint", is_dir=source.is_dir)
         self._not_in_proc(path, target)
         self._bind_flags(mounted, options)
@@ -314,6 +378,22 @@ class Rootfs:
         mounted = self.open(inside(path), m.O_PATH, f"remount {path} read-only")
         self.set_attributes(mounted, what=f"remount {path} read-only", attr_set=m.MOUNT_ATTR_RDONLY)
         self.close(mounted)
+
+    def hide_host(self, rootfs: str) -> None:
+        """Take away every procfs and sysfs outside the root: without pivot_root(2) the host's tree stays below.
+
+        The kernel lets a user namespace mount a procfs where another one is wholly visible, even one that cannot be reached.
+        """
+        p = self.p
+        for point in mounts.mount_points("proc", "sysfs"):
+            if point == rootfs or point.startswith(rootfs + "/"):
+                continue
+            gone = Label()
+            p.call(sc.MOUNT, 0, point, 0, m.MS_SLAVE | m.MS_REC, 0, on_err=NEXT)
+            p.call(sc.UMOUNT2, point, m.MNT_DETACH, on_ok=gone, on_err=NEXT)
+            # Locked in place by another user namespace: then something goes over it.
+            p.call(sc.MOUNT, "tmpfs", point, "tmpfs", 0, 0, what=f"hide {point}")
+            p.mark(gone)
 
     # --- cgroup file systems -------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from boxship.abi import mount as m
 from boxship.abi import syscalls as sc
 from boxship.kit.errors import BoxshipError
 from boxship.linux import _sys, mounts
-from boxship.linux.remote import Program
+from boxship.linux.remote import NEXT, Program
 from boxship.runtime.rootfs import Source, inside
 
 TYPE_CHECKING = False
@@ -28,24 +28,29 @@ def open_source(story: Story, mount: Mount, options: mounts.Options) -> tuple[So
     The parent opens it where ids are shifted, and for a user namespace whose root may not reach the path (but not when
     rootless: then the parent may no more than init).
     """
-    where = f'error mounting "{mount.source or ""}" to rootfs at "{mount.destination}": '
-    path = os.path.normpath(os.path.join(story.bundle, mount.source or ""))
+    where = f'error during container init: error mounting "{mount.source}" to rootfs at "{mount.destination}": '
+    path = os.path.normpath(os.path.join(story.bundle, mount.source))
     if not mount.source:
         raise BoxshipError(where + "a bind mount needs a source")
+    # Below the root file system an earlier mount may be what is meant: only init sees it.
+    inner = path == story.rootfs or path.startswith(story.rootfs + "/")
     try:
-        info = os.stat(path)
+        mode = _mode_in_container(story, path) if inner else os.stat(path).st_mode
     except OSError as error:
         raise BoxshipError(f"{where}stat {path}: {(error.strerror or '').lower()}") from None
     is_proc = inside(mount.destination) == "proc" and _file_system(path) == m.PROC_SUPER_MAGIC
-    source = Source(path, is_dir=stat.S_ISDIR(info.st_mode), is_proc=is_proc)
     shifted = bool(mount.uid_mappings or mount.gid_mappings or options.idmap)
-    if not shifted and not (story.userns and not story.rootless):
+    source = Source(path, is_dir=stat.S_ISDIR(mode), is_proc=is_proc, shifted=shifted)
+    if not shifted and (inner or not story.userns or story.rootless):
         return source, -1
     recursive = m.AT_RECURSIVE if options.flags & m.MS_REC else 0
     try:
-        fd = mounts.open_tree(m.AT_FDCWD, path, m.OPEN_TREE_CLONE | recursive)
-        # As a bind mount made by init is: events come in from the host, none go out.
-        mounts.mount_setattr(fd, recursive=True, propagation=m.MS_SLAVE)
+        if inner:
+            fd = _opened_in_container(story, path, m.OPEN_TREE_CLONE | recursive)
+        else:
+            fd = mounts.open_tree(m.AT_FDCWD, path, m.OPEN_TREE_CLONE | recursive)
+            # As a bind mount made by init is: events come in from the host, none go out.
+            mounts.mount_setattr(fd, recursive=True, propagation=m.MS_SLAVE)
     except OSError as error:
         raise BoxshipError(f"{where}open_tree {path}: {(error.strerror or '').lower()}") from None
     if shifted:
@@ -55,12 +60,36 @@ def open_source(story: Story, mount: Mount, options: mounts.Options) -> tuple[So
         except OSError as error:
             os.close(fd)
             raise BoxshipError(
-                f"{where}failed to set MOUNT_ATTR_IDMAP on {path}: {(error.strerror or '').lower().removeprefix('mount_setattr: ')}"
+                f"{where}failed to set MOUNT_ATTR_IDMAP on {path}: {os.strerror(error.errno or 0).lower()}"
                 " (maybe the filesystem used doesn't support idmap mounts on this kernel?)"
             ) from None
         finally:
             os.close(userns)
     return source, fd
+
+
+def _mode_in_container(story: Story, path: str) -> int:
+    """st_mode of a host path as init sees it now. Raises OSError."""
+    p = story.p
+    buffer = p.place(bytes(256))
+    index = p.call(sc.STATX, m.AT_FDCWD, path, 0, 0x7FF, 0, on_err=NEXT)
+    p.point(index, 4, buffer)
+    story.perform()
+    result = story.remote.result(index)
+    if result < 0:
+        raise OSError(-result, os.strerror(-result), path)
+    return int.from_bytes(story.remote.data(buffer + 28, 2), "little")
+
+
+def _opened_in_container(story: Story, path: str, flags: int) -> int:
+    """open_tree(2) by init; the descriptor comes here. Raises OSError (RemoteError)."""
+    p = story.p
+    fd = p.new()
+    p.call(sc.OPEN_TREE, m.AT_FDCWD, path, flags | m.OPEN_TREE_CLOEXEC, dst=fd, what=f"open_tree {path}")
+    p.send_descriptor(fd, "send the source")
+    story.fs.close(fd)
+    story.perform()
+    return story.remote.descriptors.pop()
 
 
 def _file_system(path: str) -> int:
@@ -72,6 +101,8 @@ def _file_system(path: str) -> int:
 def _userns_of(story: Story, mount: Mount) -> int:
     """A descriptor of the user namespace whose id maps the mount shall have."""
     if not mount.uid_mappings:
+        # The container's own: that of init, which has it by now.
+        story.perform()
         return os.open(f"/proc/{story.remote.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     from boxship.linux.idmaps import write_id_maps
 

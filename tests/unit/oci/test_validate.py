@@ -515,7 +515,6 @@ def test_seccomp_without_action_and_rules_is_no_seccomp() -> None:
     ("resources", "words"),
     [
         ({"devices": [{"allow": True, "access": "r"}, {"allow": True}]}, "device access at 1 field cannot be empty"),
-        ({"devices": [{"allow": True, "access": "rx"}]}, 'linux.resources.devices[0].access: expected letters of rwm, got "rx"'),
         ({"unified": {"a/b": ""}}, 'unified resource "a/b" must be a file name (no slashes)'),
         ({"unified": {"memory": ""}}, 'unified resource "memory" must be in the form CONTROLLER.PARAMETER'),
         ({"unified": {"..": ""}}, 'unified resource ".." must be in the form CONTROLLER.PARAMETER'),
@@ -585,3 +584,8 @@ def test_any_set_of_numbers_can_be_written_as_a_list(numbers: set[int]) -> None:
 def test_host_id_of_an_id_inside() -> None:
     mappings = [IDMapping(container_id=0, host_id=1000, size=1), IDMapping(container_id=5, host_id=70, size=3)]
     assert [host_id(mappings, number) for number in (0, 1, 4, 5, 7, 8)] == [1000, None, None, 70, 72, None]
+
+
+def test_unknown_letters_of_device_access_are_only_warned_of() -> None:
+    found = warnings({"linux.resources": {"devices": [{"allow": True, "access": "rx"}]}})
+    assert found == ['linux.resources.devices[0].access: expected letters of rwm, got "rx"']

@@ -43,6 +43,8 @@ class Invocation:
     def __init__(self, argv: list[str], parent: Parent, environ: dict[str, str], cwd: str) -> None:
         self.argv = argv
         self.argv0 = argv[0] if argv else "boxrun"
+        # Installed under another runtime's name it answers to that: callers look for "runc create failed".
+        self.name = os.path.basename(self.argv0)
         self.parent = parent
         self.environ = environ
         self.cwd = cwd
@@ -90,7 +92,7 @@ class Invocation:
             if name == "exec":
                 message = f"exec failed: {message}"
             elif name in ("create", "run", "restore", "start"):
-                message = f"boxrun {name} failed: {message}"
+                message = f"{self.name} {name} failed: {message}"
             self._fatal(message)
             return 255 if name == "exec" else 1
         except Exception as error:  # noqa: BLE001  # the last resort: a bug is reported like any failure, not as silence
@@ -115,7 +117,7 @@ class Invocation:
             self._help()
             raise
         if options.yes("version"):
-            self.print(_version())
+            self.print(_version(self.name))
             return options, "", []
         if not options.args or options.args[0] in ("help", "h"):
             self._help()
@@ -124,7 +126,7 @@ class Invocation:
 
     def _help(self) -> None:
         listed = [(name, command.summary) for name, command in table.commands().items()]
-        name = os.path.basename(self.argv0)
+        name = self.name
         self.print(
             flags.help_text(
                 name, "Open Container Initiative runtime", "[global options] command [command options] [arguments...]",
@@ -178,14 +180,14 @@ class Invocation:
         return command.run(self, parsed)
 
     def _command_help(self, name: str, command: table.Command) -> str:
-        full = f"{os.path.basename(self.argv0)} {name}"
+        full = f"{self.name} {name}"
         return flags.help_text(full, command.summary, command.synopsis, command.description, command.flags)
 
 
-def _version() -> str:
+def _version(name: str) -> str:
     from boxship.linux import seccomp
 
-    lines = [f"boxrun version {VERSION}", f"commit: v{VERSION}", f"spec: {SPEC_VERSION}"]
+    lines = [f"{name} version {VERSION}", f"commit: v{VERSION}", f"spec: {SPEC_VERSION}"]
     try:
         lines.append(f"libseccomp: {seccomp.version()}")
     except BoxshipError:
