@@ -68,7 +68,8 @@ def kernel() -> Finding:
     missing = [call for call, number, arguments in calls if not probe.implemented(number, *arguments)]
     found = f"Linux {name.release} on {name.machine}"
     if missing:
-        return Finding(NO, f"{found}, without {', '.join(missing)}", "no container can be started; Linux 5.12 has them all", fatal=True)
+        costs = "no container can be started; Linux 5.12 has them all"
+        return Finding(NO, f"{found}, without {', '.join(missing)}", costs, fatal=True)
     return Finding(YES, found)
 
 
@@ -96,9 +97,8 @@ def user_namespaces() -> Finding:
     root = os.geteuid() == 0
     why = _policy()
     if own and root:
-        return Finding(
-            PARTLY, f"not for root: {_say(own)}{why}", "root's containers have no user namespace: their capabilities are the machine's own"
-        )
+        costs = "root's containers have no user namespace: their capabilities are the machine's own"
+        return Finding(PARTLY, f"not for root: {_say(own)}{why}", costs)
     if own:
         return Finding(NO, f"{_say(own)}{why}", "only root can run containers", fatal=True)
     if other:
@@ -123,12 +123,14 @@ def id_maps() -> Finding:
     if os.geteuid() == 0:
         tools = [name for name in ("newuidmap", "newgidmap") if not _which(name)]
         if tools:
-            return Finding(PARTLY, f"without {' and '.join(tools)}", "containers of ordinary users have one user id only; Debian's package is uidmap")
+            costs = "containers of ordinary users have one user id only; Debian's package is uidmap"
+            return Finding(PARTLY, f"without {' and '.join(tools)}", costs)
         return Finding(YES, "newuidmap and newgidmap")
     maps = idmap.caller(os.environ, os.geteuid(), os.getegid())
     if maps.single():
         lacks = [name for name in ("newuidmap", "newgidmap") if not _which(name)] or ["a range in /etc/subuid and /etc/subgid"]
-        return Finding(PARTLY, f"without {' and '.join(lacks)}", "a container has one user id, root: --user and many package managers fail")
+        costs = "a container has one user id, root: --user and many package managers fail"
+        return Finding(PARTLY, f"without {' and '.join(lacks)}", costs)
     return Finding(YES, f"{sum(entry['size'] for entry in maps.uids)} ids")
 
 
@@ -189,7 +191,8 @@ def security_modules() -> Finding:
     if landlock:
         found.append(f"Landlock {landlock}")
     if not set(found) & {"AppArmor", "SELinux"}:
-        return Finding(PARTLY, ", ".join([*found, "no AppArmor, no SELinux"]), "labels in a configuration are refused, and none are given by default")
+        costs = "labels in a configuration are refused, and none are given by default"
+        return Finding(PARTLY, ", ".join([*found, "no AppArmor, no SELinux"]), costs)
     return Finding(YES, ", ".join(found))
 
 
@@ -240,10 +243,10 @@ def cgroups() -> Finding:
         writable = all(os.access(h.directory(own.get(h.controllers[0], "/")), os.W_OK) for h in there.hierarchies)
     found = f"{name}: {', '.join(sorted(controllers)) or 'no controllers'}"
     if not writable:
-        return Finding(
-            PARTLY, f"{found}; not this user's to change",
-            "containers run without limits, and asking for them fails" + (": delegation by systemd would allow them" if systemd_here() else ""),
-        )
+        costs = "containers run without limits, and asking for them fails"
+        if systemd_here():
+            costs += ": delegation by systemd would allow them"
+        return Finding(PARTLY, f"{found}; not this user's to change", costs)
     missing = [flag for controller, flag in _WANTED.items() if controller not in controllers]
     if missing:
         return Finding(PARTLY, found, f"{', '.join(missing)} fail")
@@ -288,7 +291,8 @@ def network() -> Finding:
     """Devices and rules for networks between containers."""
     if os.geteuid() != 0:
         code = probe.link_kind("veth", userns=True)
-        return Finding(PARTLY, f"in a user namespace: veth {_say(code)}", "containers have loopback only, or the caller's network")
+        costs = "containers have loopback only, or the caller's network"
+        return Finding(PARTLY, f"in a user namespace: veth {_say(code)}", costs)
     missing = [kind for kind in ("bridge", "veth") if probe.link_kind(kind, userns=False)]
     if probe.nftables():
         missing.append("nftables")
@@ -324,7 +328,8 @@ def kvm() -> Finding:
     try:
         os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
-        return Finding(NO, f"/dev/kvm: {_say(error.errno or errno.EIO)}", "nothing yet: virtual machines would be emulated in software")
+        costs = "nothing yet: virtual machines would be emulated in software"
+        return Finding(NO, f"/dev/kvm: {_say(error.errno or errno.EIO)}", costs)
     return Finding(YES, "/dev/kvm")
 
 

@@ -29,10 +29,10 @@ class Flag:
 
     __slots__ = ("help", "kind", "long", "metavar", "short")
 
-    def __init__(self, long: str, kind: str, help: str, *, short: str = "", metavar: str = "") -> None:
+    def __init__(self, long: str, kind: str, text: str, *, short: str = "", metavar: str = "") -> None:
         self.long = long
         self.kind = kind
-        self.help = help
+        self.help = text
         self.short = short
         self.metavar = metavar
 

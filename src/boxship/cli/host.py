@@ -33,7 +33,8 @@ PROGRAMS = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
 # Below /etc. `*` stands for anything within a name, at most once.
 FILES = (
     # who and what: names of users, groups, services, protocols
-    "passwd", "group", "nsswitch.conf", "host.conf", "gai.conf", "protocols", "services", "networks", "ethertypes", "rpc", "shells",
+    "passwd", "group", "nsswitch.conf", "host.conf", "gai.conf", "protocols", "services", "networks", "ethertypes", "rpc",
+    "shells",
     # the dynamic linker
     "ld.so.cache", "ld.so.conf", "ld-musl-*.path",
     # which system this is
@@ -61,8 +62,8 @@ _TREE_LIMIT = 512
 
 # (folder, mode) of the fresh parts.
 _FRESH = (
-    ("/etc", 0o755), ("/root", 0o700), ("/home", 0o755), ("/tmp", 0o1777), ("/run", 0o755), ("/run/lock", 0o1777), ("/opt", 0o755),
-    ("/srv", 0o755), ("/mnt", 0o755), ("/media", 0o755), ("/proc", 0o755), ("/sys", 0o755), ("/dev", 0o755), ("/var", 0o755),
+    ("/etc", 0o755), ("/root", 0o700), ("/home", 0o755), ("/tmp", 0o1777), ("/run", 0o755), ("/run/lock", 0o1777),
+    ("/opt", 0o755), ("/srv", 0o755), ("/mnt", 0o755), ("/media", 0o755), ("/proc", 0o755), ("/sys", 0o755), ("/dev", 0o755), ("/var", 0o755),
     ("/var/cache", 0o755), ("/var/lib", 0o755), ("/var/local", 0o755), ("/var/log", 0o755), ("/var/opt", 0o755),
     ("/var/spool", 0o755), ("/var/tmp", 0o1777),
 )

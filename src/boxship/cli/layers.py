@@ -123,9 +123,8 @@ class Layers:
         self.mounts.append({"destination": destination, "type": "overlay", "source": "overlay", "options": options})
 
     def _bind(self, source: str, destination: str) -> None:
-        self.mounts.append(
-            {"destination": destination, "type": "bind", "source": source, "options": ["rbind", "rprivate", *self.flags, "ro", "rro"]}
-        )
+        options = ["rbind", "rprivate", *self.flags, "ro", "rro"]
+        self.mounts.append({"destination": destination, "type": "bind", "source": source, "options": options})
 
     def _take_apart(self, source: str, destination: str) -> None:
         with os.scandir(source) as entries:

@@ -33,23 +33,25 @@ _PLAIN = ["nosuid", "noexec", "nodev"]
 def mounts(*, devpts_group: bool, sysfs: bool, cgroup: bool) -> list[dict[str, Any]]:
     """The kernel's own file systems.
 
-    `devpts_group`: the container has the group tty (5). `sysfs`: a new one may be mounted; otherwise the host's is bound, with the
-    container's own cgroups over the host's.
+    `devpts_group`: the container has the group tty (5). `sysfs`: a new one may be mounted; otherwise the host's is bound,
+    with the container's own cgroups over the host's.
     """
     pts = ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", *(["gid=5"] if devpts_group else [])]
     sys: dict[str, Any] = {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": [*_PLAIN, "ro"]}
     if not sysfs:
         sys = {"destination": "/sys", "type": "bind", "source": "/sys", "options": ["rbind", "rprivate", *_PLAIN, "ro", "rro"]}
+    dev = ["nosuid", "strictatime", "mode=755", "size=65536k"]
     result = [
         {"destination": "/proc", "type": "proc", "source": "proc", "options": list(_PLAIN)},
-        {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
+        {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": dev},
         {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": pts},
         sys,
         {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": list(_PLAIN)},
         {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": [*_PLAIN, "mode=1777", "size=65536k"]},
     ]
     if cgroup:
-        result.insert(4, {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": [*_PLAIN, "relatime", "ro"]})
+        options = [*_PLAIN, "relatime", "ro"]
+        result.insert(4, {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": options})
     return result
 
 

@@ -38,7 +38,7 @@ def size(text: str) -> int:
 
 def cpus(text: str) -> tuple[int, int]:
     """(quota, period) in microseconds that allow "1.5" processors' worth of time. Raises InvalidArgument."""
-    whole, dot, fraction = text.partition(".")
+    whole, _, fraction = text.partition(".")
     digits = (whole or "0") + fraction
     if not digits.isdigit() or not digits.isascii() or not (whole or fraction):
         raise InvalidArgument(f"invalid number of cpus: '{text}'")
@@ -103,21 +103,20 @@ def volume(text: str, cwd: str) -> dict[str, object]:
 
     Raises InvalidArgument, also for what needs a store of volumes: a name instead of a path, and an anonymous volume.
     """
+    invalid = f"invalid volume specification: '{text}'"
     parts = text.split(":")
     if len(parts) not in (2, 3) or not parts[0] or not parts[1]:
         if len(parts) == 1:
-            raise InvalidArgument(f"invalid volume specification: '{text}': anonymous volumes are not supported; give SOURCE:TARGET")
-        raise InvalidArgument(f"invalid volume specification: '{text}'")
+            raise InvalidArgument(f"{invalid}: anonymous volumes are not supported", "give SOURCE:TARGET")
+        raise InvalidArgument(invalid)
     source, target = parts[0], parts[1]
     if not target.startswith("/"):
-        raise InvalidArgument(f"invalid volume specification: '{text}': invalid mount config: must use an absolute path: {target}")
+        raise InvalidArgument(f"{invalid}: invalid mount config: must use an absolute path: {target}")
     target = os.path.normpath(target).replace("//", "/")
     if target == "/":
-        raise InvalidArgument(f"invalid volume specification: '{text}': destination can't be '/'")
+        raise InvalidArgument(f"{invalid}: destination can't be '/'")
     if not source.startswith(("/", "./", "../")) and source not in (".", ".."):
-        raise InvalidArgument(
-            f"invalid volume specification: '{text}': named volumes are not supported; give a path ('./{source}' for a directory here)"
-        )
+        raise InvalidArgument(f"{invalid}: named volumes are not supported", f"'./{source}' is a directory here")
     source = os.path.normpath(os.path.join(cwd, source))
     options, propagation = ["rbind"], "rprivate"
     for option in filter(None, parts[2].split(",") if len(parts) == 3 else []):
@@ -126,7 +125,7 @@ def volume(text: str, cwd: str) -> dict[str, object]:
         elif option in _PROPAGATION:
             propagation = option
         elif option != "rw" and option not in _IGNORED:
-            raise InvalidArgument(f"invalid volume specification: '{text}': invalid mode: {parts[2]}")
+            raise InvalidArgument(f"{invalid}: invalid mode: {parts[2]}")
     if not os.path.lexists(source):
         try:
             os.makedirs(source, 0o755, exist_ok=True)

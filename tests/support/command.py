@@ -1,0 +1,91 @@
+"""The boxship command as a person runs it: another process, as root or as an ordinary user."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+
+import boxship
+
+ENTRY = "import sys; from boxship.daemon.entry import boxship; sys.exit(boxship())"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def open_to_all(path: str) -> bool:
+    """Whether every user may reach and execute a file."""
+    real = os.path.realpath(path)
+    folders = [str(parent) for parent in Path(real).parents]
+    return os.path.exists(real) and all(os.stat(name).st_mode & 0o001 for name in [real, *folders])
+
+
+def public_interpreter() -> str | None:
+    """A Python that ordinary users can run too: the one that runs the tests may lie in root's home."""
+    for candidate in (sys.executable, "/usr/bin/python3"):
+        if open_to_all(candidate):
+            new = subprocess.run([candidate, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]).returncode == 0
+            if new:
+                return os.path.realpath(candidate)
+    return None
+
+
+@contextmanager
+def public_copy() -> Iterator[str]:
+    """A copy of the package where every user can read it; the folder to put on PYTHONPATH."""
+    folder = mkdtemp(prefix="boxship-test-")
+    try:
+        os.chmod(folder, 0o755)
+        shutil.copytree(os.path.dirname(boxship.__file__), f"{folder}/boxship", ignore=shutil.ignore_patterns("__pycache__"))
+        subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+class Command:
+    """Runs boxship as one user.
+
+    Attributes:
+        uid, gid: whose; home: of that user, an empty folder.
+    """
+
+    def __init__(self, interpreter: str, package: str, uid: int, gid: int, home: str) -> None:
+        self.interpreter = interpreter
+        self.package = package
+        self.uid = uid
+        self.gid = gid
+        self.home = home
+
+    @property
+    def words(self) -> list[str]:
+        return [self.interpreter, "-c", ENTRY]
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Keyword arguments of Popen."""
+        environ = {"PATH": PATH, "HOME": self.home, "PYTHONPATH": self.package, "PYTHONDONTWRITEBYTECODE": "1"}
+        return {"env": environ, "user": self.uid, "group": self.gid, "extra_groups": [], "cwd": self.home}
+
+    def __call__(self, *arguments: str, text: str = "", timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        """Run to the end; `text` is standard input."""
+        return subprocess.run(
+            [*self.words, *arguments], input=text, capture_output=True, text=True, timeout=timeout, **self.settings  # type: ignore[call-overload]
+        )
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Begin to run."""
+        return subprocess.Popen(
+            [*self.words, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            **self.settings,  # type: ignore[call-overload]
+        )
+
+    def shell(self, script: str, *flags: str) -> str:
+        """What a shell script prints in a container of the image `host`; fails the test when it fails."""
+        done = self("run", *flags, "host", "--", "sh", "-c", script)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
