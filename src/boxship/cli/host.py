@@ -63,9 +63,9 @@ _TREE_LIMIT = 512
 # (folder, mode) of the fresh parts.
 _FRESH = (
     ("/etc", 0o755), ("/root", 0o700), ("/home", 0o755), ("/tmp", 0o1777), ("/run", 0o755), ("/run/lock", 0o1777),
-    ("/opt", 0o755), ("/srv", 0o755), ("/mnt", 0o755), ("/media", 0o755), ("/proc", 0o755), ("/sys", 0o755), ("/dev", 0o755), ("/var", 0o755),
-    ("/var/cache", 0o755), ("/var/lib", 0o755), ("/var/local", 0o755), ("/var/log", 0o755), ("/var/opt", 0o755),
-    ("/var/spool", 0o755), ("/var/tmp", 0o1777),
+    ("/opt", 0o755), ("/srv", 0o755), ("/mnt", 0o755), ("/media", 0o755), ("/proc", 0o755), ("/sys", 0o755), ("/dev", 0o755),
+    ("/var", 0o755), ("/var/cache", 0o755), ("/var/lib", 0o755), ("/var/local", 0o755), ("/var/log", 0o755),
+    ("/var/opt", 0o755), ("/var/spool", 0o755), ("/var/tmp", 0o1777),
 )
 _LINKS = (("/var/run", "/run"), ("/var/lock", "/run/lock"), ("/etc/mtab", "/proc/self/mounts"))
 
