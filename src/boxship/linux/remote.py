@@ -20,11 +20,10 @@ Not here: what the programs do (`boxship.runtime.init` tells the story of a cont
 
 from __future__ import annotations
 
+import _socket
 import os
 from _struct import Struct
 from sys import byteorder as _ORDER
-
-import _socket
 
 from boxship.abi import syscalls
 from boxship.linux import _sys
@@ -32,8 +31,9 @@ from boxship.linux import _sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from typing import TypeAlias
 
-    Argument = int | bytes | bytearray | str | "Reg" | None
+    Argument: TypeAlias = int | bytes | bytearray | str | "Reg" | None
 
 BASE = 0x200000000000
 SIZE = 16 << 20

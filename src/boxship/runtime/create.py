@@ -15,7 +15,7 @@ import time
 
 from boxship.abi.namespace import FILES
 from boxship.kit import failpoint
-from boxship.kit.errors import BoxshipError, FailedPrecondition, InvalidArgument
+from boxship.kit.errors import BoxshipError, InvalidArgument
 from boxship.kit.files import read_all, write_all, write_atomic
 from boxship.linux import namespaces
 from boxship.linux.cgroups import Cgroup
@@ -29,6 +29,9 @@ from boxship.runtime.options import CreateOptions
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from boxship.oci.config import Hook
     from boxship.runtime.context import Context
     from boxship.runtime.state import Container
 
@@ -408,7 +411,7 @@ def _write(path: str, value: str) -> None:
         os.close(fd)
 
 
-def tell_identity(story: Story, *, start_hooks: list[object] | None = None) -> None:
+def tell_identity(story: Story, *, start_hooks: Sequence[Hook] = ()) -> None:
     """The last program: who the process is, what it may, and its exec. Shared with `exec`."""
     process = story.process
     story.apply_label()
@@ -422,7 +425,7 @@ def tell_identity(story: Story, *, start_hooks: list[object] | None = None) -> N
         story.load_filter()
     story.wait_for_start()
     if start_hooks:
-        story.run_hooks("startContainer", start_hooks, state.CREATED, default_env=story.env)  # type: ignore[arg-type]
+        story.run_hooks("startContainer", list(start_hooks), state.CREATED, default_env=story.env)
     story.execute(path)
 
 

@@ -7,7 +7,7 @@ Not here: createContainer and startContainer, which init runs (`boxship.runtime.
 
 from __future__ import annotations
 
-import _signal as signal
+import _signal as signal  # type: ignore[import-not-found]  # the C part of `signal`, without its enums
 import os
 import select
 import time

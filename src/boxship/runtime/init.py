@@ -32,10 +32,9 @@ from _struct import Struct
 from boxship.abi import mount as m
 from boxship.abi import namespace as n
 from boxship.abi import syscalls as sc
-from boxship.kit import failpoint
 from boxship.kit.errors import BoxshipError, InvalidArgument
 from boxship.linux import mounts
-from boxship.linux.remote import CTL, NEXT, Label, Program, Reg, Remote, RemoteError, received
+from boxship.linux.remote import CTL, NEXT, Label, Program, Reg, Remote, received
 from boxship.linux.scheduler import ALL_CPUS
 from boxship.runtime.rootfs import Rootfs, Source, inside
 
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 
     from boxship.linux.cgroups import Cgroup
     from boxship.linux.seccomp import Filter
-    from boxship.oci.config import Hook, Process, Spec
+    from boxship.oci.config import Hook, Mount, Process, Spec
     from boxship.runtime.context import Context
 
 _FPROG = Struct("=HxxxxxxQ")
@@ -100,7 +99,7 @@ class Story:
         self.may_set_groups = True
         self.on_pid: Callable[[int], None] = lambda pid: None
         self.ready = -1
-        self.remote: Remote = None  # type: ignore[assignment]  # from `be_born` on
+        self._remote: Remote | None = None
         self.executor = -1
         self.joined_user = False
         self.p = Program()
@@ -111,6 +110,12 @@ class Story:
         self.null = self.p.keep()
         self.fs = Rootfs(self.p, self.root, rootfs, perform=self.perform)
         self.fs.remote = lambda: self.remote
+
+    @property
+    def remote(self) -> Remote:
+        """Init, from `be_born` on."""
+        assert self._remote is not None
+        return self._remote
 
     @property
     def userns(self) -> bool:
@@ -163,9 +168,9 @@ class Story:
 
     def abandon(self) -> None:
         """Kill init, if there is one, and wait for it: nothing is started that is not wanted any more."""
-        if self.remote is None:
+        if self._remote is None:
             return
-        remote, self.remote = self.remote, None
+        remote, self._remote = self._remote, None
         remote.close()
         try:
             os.kill(remote.pid, 9)
@@ -187,7 +192,7 @@ class Story:
                 self.at_once |= n.FLAGS[kind]
         stdio = self._stdio()
         try:
-            self.remote = self.context.parent.spawn(exe, "boxrun-init", stdio, self.at_once, self.born_in)
+            self._remote = self.context.parent.spawn(exe, "boxrun-init", stdio, self.at_once, self.born_in)
         finally:
             if self.process.terminal:
                 os.close(stdio[0])
@@ -347,7 +352,7 @@ class Story:
 
     def _session_keyring(self) -> None:
         # Not the caller's keyring: its keys are the host's.
-        from boxship.linux.keyring import SETPERM, JOIN_SESSION, permissions
+        from boxship.linux.keyring import JOIN_SESSION, SETPERM, permissions
 
         ring = self.p.new()
         self.p.call(sc.KEYCTL, JOIN_SESSION, self.keyring, dst=ring, what="unable to join session keyring")
@@ -393,12 +398,12 @@ class Story:
                 return False
         return True
 
-    def _mount(self, mount: object) -> None:
+    def _mount(self, mount: Mount) -> None:
         self.fs.userns = self.userns
         from boxship.runtime.sources import copy_up, open_source
 
-        options = mounts.parse_options(mount.options)  # type: ignore[attr-defined]
-        if mount.type == "cgroup" or mount.type == "cgroup2":  # type: ignore[attr-defined]
+        options = mounts.parse_options(mount.options)
+        if mount.type in ("cgroup", "cgroup2"):
             self._mount_cgroup(mount, options)
             return
         source: Source | None = None
@@ -410,18 +415,18 @@ class Story:
         if options.copy_up and source is None:
             copy_up(self, mount, options)
             return
-        self.fs.mount(mount, options, source)  # type: ignore[arg-type]
+        self.fs.mount(mount, options, source)
 
-    def _mount_cgroup(self, mount: object, options: mounts.Options) -> None:
+    def _mount_cgroup(self, mount: Mount, options: mounts.Options) -> None:
         from boxship.linux.cgroups.arrangement import arrangement
 
         own_ns = "cgroup" in self.new or "cgroup" in self.joined
         if arrangement().pure_v2:
             path = self.cgroup.v2_path if self.cgroup else ""
-            self.fs.cgroup_v2(mount, options, path or "/sys/fs/cgroup")  # type: ignore[arg-type]
+            self.fs.cgroup_v2(mount, options, path or "/sys/fs/cgroup")
         else:
             listed = self.cgroup.v1_mounts() if self.cgroup else []
-            self.fs.cgroup_v1(mount, options, listed, own_ns=own_ns)  # type: ignore[arg-type]
+            self.fs.cgroup_v1(mount, options, listed, own_ns=own_ns)
 
     # --- 4. the root ---------------------------------------------------------------------------------------------
 
@@ -859,11 +864,9 @@ class Story:
         p.context = ""
 
 
-def is_bind(mount: object) -> bool:
+def is_bind(mount: Mount) -> bool:
     """Whether a mount of the configuration is a bind mount: by its type, or by its options whatever the type says."""
-    if mount.type == "bind":  # type: ignore[attr-defined]
-        return True
-    return "bind" in mount.options or "rbind" in mount.options  # type: ignore[attr-defined]
+    return mount.type == "bind" or "bind" in mount.options or "rbind" in mount.options
 
 
 def _vector(p: Program, strings: list[str]) -> int:

@@ -7,7 +7,7 @@ Not here: `create` (its own module), `exec`, `checkpoint`, `events`.
 
 from __future__ import annotations
 
-import _signal as signal
+import _signal as signal  # type: ignore[import-not-found]  # the C part of `signal`, without its enums
 import errno
 import os
 import select

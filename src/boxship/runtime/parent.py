@@ -60,7 +60,7 @@ class Direct:
 
     def attend(self, pid: int, terminal: int) -> int:
         """See `Parent`. From another thread than the main one signals are not passed on: Python has no handlers there."""
-        import _signal as signal
+        import _signal as signal  # type: ignore[import-not-found]
         import select
 
         from boxship.linux.terminal import Session

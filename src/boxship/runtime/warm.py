@@ -14,16 +14,16 @@ and only with code that is still what is installed (`_stale`).
 
 from __future__ import annotations
 
+import _socket
 import errno
 import os
 import select
 import time
 from _struct import Struct
 
-import _socket
-
+from boxship.abi import syscalls
 from boxship.kit.errors import BoxshipError, Unavailable
-from boxship.linux import remote
+from boxship.linux import _sys, remote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ IDLE_S = 300.0
 WORKERS = 3
 _WORD = Struct("=iiii")
 _VERSION = 1
+_PR_SET_PDEATHSIG = 1
+_REFILL_S = 0.03
 _SPAWN, _WAIT, _FDS, _ATTEND, _EXIT = 1, 2, 3, 4, 5
 _REPLY, _WINDOW, _ENDED = 0, 1, 2
 _FIELDS = (b"\nUid:", b"\nGid:", b"\nCapEff:", b"\nCapBnd:", b"\nNoNewPrivs:", b"\nSeccomp:")
@@ -65,7 +67,8 @@ class Caller:
     def answer(self, descriptors: int = 0) -> tuple[int, int, int, list[int]]:
         """(kind, two numbers, descriptors) of the next word. Raises CallerGone."""
         try:
-            data, ancillary, _, _ = self.conn.recvmsg(_WORD.size, _socket.CMSG_SPACE(4 * (descriptors or 1)), _socket.MSG_CMSG_CLOEXEC)
+            space = _socket.CMSG_SPACE(4 * (descriptors or 1))
+            data, ancillary, _, _ = self.conn.recvmsg(_WORD.size, space, _socket.MSG_CMSG_CLOEXEC)
         except ConnectionResetError:
             raise CallerGone from None
         if len(data) != _WORD.size:
@@ -185,9 +188,8 @@ def serve(path: str) -> None:
 
 def _warm_up() -> None:
     """Import and prepare what commands need, then freeze the heap: pages stay shared with the workers."""
-    import gc
-
     import fcntl  # noqa: F401
+    import gc
     import importlib
     import pwd  # noqa: F401
     import signal  # noqa: F401
@@ -247,9 +249,15 @@ def _keep_workers(listener: _socket.socket) -> None:
     poll = select.poll()
     poll.register(taken, select.POLLIN)
     while True:
-        while len(waiting) < WORKERS:
+        if not waiting:
             waiting.add(_fork_worker(listener, tell))
-        poll.poll(1000 if busy else 10000)
+        short = len(waiting) < WORKERS
+        # Not at once, which would take a processor from the command that has just begun.
+        if short and not poll.poll(_REFILL_S * 1000):
+            waiting.add(_fork_worker(listener, tell))
+            continue
+        if not short:
+            poll.poll(1000 if busy else 10000)
         stale = False
         try:
             data = os.read(taken, 4096)
@@ -293,23 +301,11 @@ def _work(listener: _socket.socket, tell: int) -> int:
 
     # Woken when a mount of ours comes or goes: the hierarchies may be others then.
     mounts = os.open("/proc/self/mounts", os.O_RDONLY | os.O_CLOEXEC)
-    parent = os.getppid()
-    while True:
-        # Not for ever: a worker whose server was killed is nobody's.
-        watch = select.poll()
-        watch.register(listener, select.POLLIN)
-        if not watch.poll(5000):
-            if os.getppid() != parent:
-                return 0
-            continue
-        listener.setblocking(False)
-        try:
-            fd, _ = listener._accept()
-        except BlockingIOError:
-            continue  # another worker was faster
-        break
+    _die_with_server(True)
+    # Blocking: the kernel wakes one waiting worker for a caller, not all.
+    fd, _ = listener._accept()  # type: ignore[attr-defined]
+    _die_with_server(False)
     conn = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd)
-    conn.setblocking(True)
     old = _stale()
     os.write(tell, (-os.getpid() if old else os.getpid()).to_bytes(4, "little", signed=True))
     if old:
@@ -319,6 +315,13 @@ def _work(listener: _socket.socket, tell: int) -> int:
     if changed.poll(0):
         arrangement.forget()
     return _serve_one(conn)
+
+
+def _die_with_server(yes: bool) -> None:
+    """A worker that waits is nobody's when its server is gone; one at work has a command to finish."""
+    _sys.syscall(syscalls.PRCTL, _PR_SET_PDEATHSIG, 9 if yes else 0, 0, 0, 0)
+    if yes and os.getppid() == 1:
+        os._exit(0)
 
 
 def _identity(pid: int | str) -> list[object]:
