@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from boxship.runtime.state import Container
 
 SPEC_LIMIT = 64 << 20
-_LISTENER_TIMEOUT_S = 10.0
+EXEC_FAILED = 255
+"""The exit code of a process whose program could not be executed, as runc's init has it."""
 
 
 def unmount(container: Container, spec: Spec) -> None:
@@ -73,7 +74,7 @@ def create(
         check_terminal(made.spec, options, detach=True)
         made.tell(waits=True)
     except BaseException as error:
-        explained = explain(made.story, error)
+        explained = explain(made.story, error, container=made.container)
         made.undo()
         raise explained from error
     return made.container
@@ -317,6 +318,7 @@ def _plan(
     story.no_pivot = options.no_pivot
     story.keyring = "" if options.no_new_keyring else f"_ses.{container.id}"
     story.state = container.hook_state
+    story.open_note = container.open_note
     linux = spec.linux
     if linux and context.rootless and os.geteuid() != 0:
         from boxship.linux.idmaps import maps_only_self
@@ -448,14 +450,19 @@ def wait_ready(story: Story) -> None:
         story.remote.fetched()
 
 
-def let_go(story: Story) -> None:
-    """Let init execute the program. When that fails the process's own standard error gets a line too, as from runc's init."""
+def let_go(story: Story, *, detach: bool) -> bool:
+    """Let init execute the program; False when that failed in the foreground, as a shell has it: a line and an exit code.
+
+    Raises RemoteError when it failed and nobody waits for the process.
+    """
     try:
         story.remote.release()
     except RemoteError as error:
-        if error.what.startswith("exec "):
-            write_all(story.context.parent.stdio[2], f"{error}\n".encode(errors="surrogateescape"))
-        raise
+        if detach or not error.what.startswith("exec "):
+            raise
+        write_all(story.context.parent.stdio[2], f"{error}\n".encode(errors="surrogateescape"))
+        return False
+    return True
 
 
 def hand_terminal(options: CreateOptions, master: int) -> int:
@@ -515,7 +522,9 @@ def now() -> str:
     return f"{t[0]:04d}-{t[1]:02d}-{t[2]:02d}T{t[3]:02d}:{t[4]:02d}:{t[5]:02d}{'.' + digits if digits else ''}Z"
 
 
-def explain(story: Story | None, error: BaseException, doing: str = "error during container init") -> BaseException:
+def explain(
+    story: Story | None, error: BaseException, doing: str = "error during container init", container: Container | None = None
+) -> BaseException:
     """The error for the user: a failed step of init in runc's words; others as they are."""
     if isinstance(error, RemoteError):
         what = str(error)
@@ -523,10 +532,8 @@ def explain(story: Story | None, error: BaseException, doing: str = "error durin
         if error.what == "error setting scheduler" and error.errno == errno.EPERM and linux and linux.resources \
                 and linux.resources.cpu and linux.resources.cpu.cpus:
             what = "process scheduler can't be used together with AllowedCPUs"
-        if error.what.startswith("@") and story is not None:
-            _, offset, context = error.what.split("@", 2)
-            status = int.from_bytes(story.remote.data(int(offset), 4), "little")
-            what = f"{context}{hooks.describe_status(status)}"
+        if error.what.startswith("@") and container is not None:
+            what = container.hook_failure(error.what)
         return BoxshipError(f"unable to start container process: {doing}: {what}")
     if isinstance(error, RemoteGone):
         if story is not None and story.cgroup is not None and story.cgroup.exists() and story.cgroup.oom_kills():

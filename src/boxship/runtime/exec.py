@@ -46,11 +46,14 @@ def execute(context: Context, container_id: str, process: Process, options: Exec
         create.check_terminal(check, options, detach=detach)
         joining = _Joining(context, container, spec, process, options)
         try:
-            joining.tell()
+            started = joining.tell()
         except BaseException as error:
             explained = create.explain(joining.story, error, "error executing setns process")
             joining.undo()
             raise explained from error
+        if not started:
+            joining.undo()
+            return create.EXEC_FAILED
         pid, terminal = joining.story.remote.pid, joining.terminal
         joining.story.close_fds()
         joining.story.remote.close()
@@ -109,8 +112,8 @@ class _Joining:
         create.take_environment(context, story, options)
         self.story = story
 
-    def tell(self) -> None:
-        """As `Creation.tell`, with doors that are there already instead of walls to build."""
+    def tell(self) -> bool:
+        """As `Creation.tell`, with doors that are there already instead of walls to build. False: see `create.let_go`."""
         story = self.story
         sub = sub_cgroups(self.options.cgroup)
         if not sub:
@@ -144,7 +147,7 @@ class _Joining:
         self.context.debug("setns_init: about to exec")
         failpoint.hit("exec.ready")
         create.announce(self.context, self.options, story.remote.pid, b"setns")
-        create.let_go(story)
+        return create.let_go(story, detach=self.options.detach)
 
     def _cgroup(self, story: Story) -> None:
         story.cgroup = cgroup = self.container.control_group()

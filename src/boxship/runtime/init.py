@@ -69,6 +69,7 @@ class Story:
         new, joined: namespaces to make, and to enter (descriptor by type).
         filter: the compiled seccomp filter.
         state: gives the spec's state for hooks, for a status.
+        open_note: opens a file of the container's folder for init to write to.
         hand_terminal, hand_listener: take the descriptor of the terminal's master side, of the seccomp listener.
         exec_fifo: an O_PATH descriptor of exec.fifo, when `start` is another command; -1 otherwise.
         preserve_fds: descriptors that become 3, 4, …
@@ -88,6 +89,7 @@ class Story:
         self.joined: dict[str, int] = {}
         self.filter: Filter | None = None
         self.state: Callable[[str], bytes] = lambda status: b"{}"
+        self.open_note: Callable[[str], int]
         self.hand_terminal: Callable[[int], None] | None = None
         self.hand_listener: Callable[[int], None] | None = None
         self.exec_fifo = -1
@@ -510,7 +512,7 @@ class Story:
 
     def look_up_home(self) -> None:
         """Read the container's /etc/passwd, where the environment names no home: only init sees the right one."""
-        if any(e.startswith("HOME=") and len(e) > 5 for e in self.env):
+        if len(next((e for e in reversed(self.env) if e.startswith("HOME=")), "HOME=")) > len("HOME="):
             return
         p = self.p
         none = Label()
@@ -818,8 +820,13 @@ class Story:
     # --- hooks that init runs ------------------------------------------------------------------------------------
 
     def run_hooks(self, kind: str, hooks: list[Hook], status: str, *, default_env: list[str] | None = None) -> None:
-        """Let init fork and run each hook, wait for it (`timeout` in seconds), and stop at the first that fails."""
+        """Let init fork and run each hook, wait for it (`timeout` in seconds), and stop at the first that fails.
+
+        What a hook prints, and its wait status, go to files of the container's folder: whoever gets the error reads them,
+        which for startContainer is `start`.
+        """
         p = self.p
+        out, err, result = (self.send(self.own(self.open_note(name))) for name in ("hook.stdout", "hook.stderr", "hook.status"))
         for i, hook in enumerate(hooks):
             p.context = f"error running {kind} hook #{i}: "
             state = os.memfd_create("state", os.MFD_CLOEXEC)
@@ -830,7 +837,8 @@ class Story:
             parent, ended, good = Label(), Label(), Label()
             child, handle = p.new(), p.new()
             pid = p.fork(_SIGCHLD, parent=parent, takes_over=False, what="fork")
-            p.call(sc.DUP3, stdin, 0, 0, what="dup")
+            for number, fd in enumerate((stdin, out, err)):
+                p.call(sc.DUP3, fd, number, 0, what="dup")
             args = hook.args or [hook.path]
             env = hook.env if hook.env else (default_env or [])
             argv, envp = _vector(p, args), _vector(p, env)
@@ -859,9 +867,11 @@ class Story:
                 p.mark(good)
             index = p.call(sc.WAIT4, child, 0, 0, 0, what="wait")
             p.point(index, 1, status_at)
-            p.expect(status_at, 0, error=errno.EIO, what=f"@{status_at}@")
+            p.point(p.call(sc.WRITE, result, 0, 4, what="write down the status"), 1, status_at)
+            p.expect(status_at, 0, error=errno.EIO, what="@hook@")
             self.fs.close(stdin)
         p.context = ""
+        self.fs.close(out, err, result)
 
 
 def is_bind(mount: Mount) -> bool:

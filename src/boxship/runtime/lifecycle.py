@@ -18,7 +18,7 @@ from boxship.kit.errors import BoxshipError, FailedPrecondition
 from boxship.kit.files import read_all
 from boxship.oci import text
 from boxship.runtime import hooks, state
-from boxship.runtime.create import check_terminal, create, explain, let_go, prepare, unmount
+from boxship.runtime.create import EXEC_FAILED, check_terminal, create, explain, let_go, prepare, unmount
 from boxship.runtime.options import CreateOptions
 from boxship.runtime.state import Container, NotRunning, open_container
 
@@ -47,10 +47,12 @@ def run(
         made.tell(waits=False)
         story = made.story
         assert story is not None
-        let_go(story)
+        if not let_go(story, detach=detach):
+            made.undo()
+            return EXEC_FAILED
         _poststart(made.container, made.spec.hooks)
     except BaseException as error:
-        explained = explain(made.story, error)
+        explained = explain(made.story, error, container=made.container)
         made.undo()
         raise explained from error
     container = made.container
@@ -117,12 +119,10 @@ def _let_go(container: Container) -> None:
         index, error = int.from_bytes(message[:4], "little"), int.from_bytes(message[4:8], "little")
         texts = text.loads(read_all("start.json", dir_fd=container.fd), "start.json")
         what = str(texts.get(str(index), "exec")) if isinstance(texts, dict) else "exec"
-        raise BoxshipError(_say(what, error))
+        raise BoxshipError(container.hook_failure(what) if what.startswith("@") else _say(what, error))
 
 
 def _say(what: str, error: int) -> str:
-    if what.startswith("@"):
-        return what.split("@", 2)[2] + "it failed"
     return what[1:] if what.startswith("!") else f"{what}: {os.strerror(error).lower()}"
 
 

@@ -8,6 +8,7 @@ Spec: runtime-spec 1.3.0, runtime.md "State".
         state.json               `Record`, replaced atomically, first written before anything is made in the kernel
         config.json              the configuration as create read it; the bundle's may change afterwards
         exec.fifo                while the container is created and not started: init waits for `start` to open it
+        hook.stdout, hook.stderr, hook.status   what hooks that init ran left, see runtime.init
         start.json               what the last operations of init are called, for `start` to say which one failed
         notify/                  the container's side of the notify socket, if any
 
@@ -216,6 +217,20 @@ class Container:
         finally:
             os.close(probe)
         return False
+
+    def open_note(self, name: str) -> int:
+        """A new, empty file of the container's folder, open for init to append to."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.open(name, flags, 0o600, dir_fd=self.fd)
+
+    def hook_failure(self, what: str) -> str:
+        """The message for a hook that init ran and that failed; `what` is the description of the failed step."""
+        from boxship.runtime.hooks import describe_status
+
+        notes = [read_all(f"hook.{name}", dir_fd=self.fd) for name in ("status", "stdout", "stderr")]
+        status = int.from_bytes(notes[0][-4:], "little")
+        out, err = (note.decode(errors="replace") for note in notes[1:])
+        return f"{what.split('@', 2)[2]}{describe_status(status)}, stdout: {out}, stderr: {err}"
 
     def describe(self, status: str | None = None) -> dict[str, object]:
         """The `state` command's object, with runc's keys."""
