@@ -141,10 +141,7 @@ class Creation:
             story.open_terminal(mount="mount" in story.new)
         story.close_file_system()
         story.look_up_home()
-        story.go()
-        # While init is at it: limits of the process, from outside where that takes privilege.
-        take_attributes(context, spec, story)
-        story.done()
+        story.perform()
         story.complete_environment()
         failpoint.hit("create.root")
         if process.terminal:
@@ -216,6 +213,7 @@ class Creation:
     def _settle(self, story: Story, *, waits: bool) -> None:
         container = self.container
         wait_ready(story)
+        take_limits(self.context, story)
         self.context.debug("init: closing the pipe to signal completion")
         if waits:
             texts = {str(i): what for i, what in enumerate(story.p.descriptions) if i > story.ready and what}
@@ -382,8 +380,11 @@ def take_environment(context: Context, story: Story, options: CreateOptions) -> 
             raise InvalidArgument(f"preserve-fds: some of the descriptors 3 to {count + 2} are not open") from None
 
 
-def take_attributes(context: Context, spec: Spec, story: Story) -> None:
-    """Limits and oom_score_adj of init, set from outside; what may not be raised or lowered is clamped."""
+def take_limits(context: Context, story: Story) -> None:
+    """Limits and oom_score_adj, set from outside on a process that is ready: they are the user's, not init's.
+
+    What may not be raised or lowered is clamped.
+    """
     from boxship.linux import rlimits
 
     process, pid = story.process, story.remote.pid

@@ -131,10 +131,8 @@ class _Joining:
         if self.process.terminal:
             story.open_terminal(mount=False)
         story.look_up_home()
-        story.go()
+        story.perform()
         self.context.debug("child process in init()")
-        create.take_attributes(self.context, story.spec, story)
-        story.done()
         if affinity and affinity.final:
             self._bind(story, affinity.final)
         story.complete_environment()
@@ -144,6 +142,7 @@ class _Joining:
         create.tell_identity(story)
         story.go()
         create.wait_ready(story)
+        create.take_limits(self.context, story)
         self.context.debug("setns_init: about to exec")
         failpoint.hit("exec.ready")
         create.announce(self.context, self.options, story.remote.pid, b"setns")

@@ -402,6 +402,9 @@ class Story:
 
     def _mount(self, mount: Mount) -> None:
         self.fs.userns = self.userns
+        if mount.destination.startswith(self.rootfs + "/"):
+            # Some callers give the host's path of the mount point; runc has always understood that.
+            mount.destination = mount.destination.removeprefix(self.rootfs)
         from boxship.runtime.sources import copy_up, open_source
 
         options = mounts.parse_options(mount.options)
