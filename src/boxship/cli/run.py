@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 from boxship.cli import flags as f
-from boxship.kit.errors import AlreadyExists, BoxshipError, InvalidArgument, NotFound
+from boxship.kit.errors import AlreadyExists, BoxshipError, InvalidArgument, NotFound, Unsupported
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ FLAGS = (
     f.Flag("pids-limit", f.VALUE, "limit of processes and threads, -1 for none", metavar="int"),
     f.Flag("read-only", f.SWITCH, "make the root file system read-only"),
     f.Flag("rm", f.SWITCH, "remove the container when it exits (always so: there is nothing to keep it for)"),
+    f.Flag("security-opt", f.LIST, "no-new-privileges, or seccomp=unconfined", metavar="option"),
     f.Flag("tty", f.SWITCH, "give the process a terminal", short="t"),
     f.Flag("user", f.VALUE, "user name or id, and group", short="u", metavar="name|uid[:group|gid]"),
     f.Flag("volume", f.LIST, "show a file or directory inside", short="v", metavar="source:target[:ro]"),
@@ -185,8 +186,24 @@ class Run:
             config, memory=values.size(memory) if memory else None, swap=_swap_is_counted(),
             cpu=values.cpus(cpus) if cpus else None, pids=values.pids(pids) if pids else None,
         )
+        self._security(kind, config)
         if kind != image.BUNDLE and not self.rootless:
             config["linux"]["cgroupsPath"] = f"/boxship-{self.id}"
+
+    def _security(self, kind: str, config: dict[str, Any]) -> None:
+        from boxship.cli import spec as specs
+
+        filtered = kind != "bundle"
+        for option in self.parsed.list("security-opt"):
+            if option in ("no-new-privileges", "no-new-privileges:true", "no-new-privileges=true"):
+                config["process"]["noNewPrivileges"] = True
+            elif option == "seccomp=unconfined":
+                filtered = False
+                config.setdefault("linux", {}).pop("seccomp", None)
+            else:
+                raise InvalidArgument(f'invalid --security-opt: "{option}"', "there are no-new-privileges and seccomp=unconfined")
+        if filtered and not specs.confine(config):
+            self.say("warning: no seccomp profile for this machine: the container may use every system call that its user may")
 
     def _network_and_name(self, kind: str, config: dict[str, Any]) -> None:
         from boxship.cli import spec as specs
@@ -246,6 +263,10 @@ class Run:
         # A run that was killed may have left its record; its container is gone, as the sweep found.
         try:
             return start(context, self.id, path if kind == "bundle" else self.scratch.path, CreateOptions(), spec=config)
+        except Unsupported as error:
+            if "seccomp" in str(error):
+                raise Unsupported(str(error), "or without protection: --security-opt seccomp=unconfined") from None
+            raise
         except BoxshipError as error:
             code = command_error(str(error))
             if code == OWN_FAILURE:

@@ -90,6 +90,17 @@ def add_user_namespace(spec: dict[str, Any], maps: Maps | None) -> None:
     linux["uidMappings"], linux["gidMappings"] = maps.uids, maps.gids
 
 
+def confine(spec: dict[str, Any]) -> bool:
+    """Filter the process's system calls; False on a machine that there is no profile for."""
+    from boxship.cli.seccomp_profile import profile
+
+    filters = profile(spec["process"]["capabilities"]["bounding"])
+    if filters is None:
+        return False
+    spec["linux"]["seccomp"] = filters
+    return True
+
+
 def share_network(spec: dict[str, Any]) -> None:
     """Leave the container in the caller's network."""
     linux = spec.setdefault("linux", {})
