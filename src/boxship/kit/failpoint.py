@@ -2,7 +2,8 @@
 
 Runs in: every process. Costs one look at a global when the environment names no point.
 `BOXSHIP_FAILPOINT=name=kill` sends SIGKILL to the process when it comes to `hit("name")`; `name=enospc` (any errno
-name) raises that OSError there; `*=count:N` kills at the N-th point that is passed, whatever its name.
+name) raises that OSError there; `name=stop` sends SIGSTOP, for a look at what there is at that moment; `*=count:N` kills at
+the N-th point that is passed, whatever its name.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ def hit(name: str) -> None:
         return
     if action == "kill":
         os.kill(os.getpid(), 9)
+    if action == "stop":
+        os.kill(os.getpid(), 19)
+        return
     import errno
 
     number = int(getattr(errno, action.upper()))

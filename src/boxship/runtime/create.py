@@ -130,12 +130,15 @@ class Creation:
         story.keep_fifo()
         story.perform()
         story.learn_fifo()
+        failpoint.hit("create.entered")
         context.debug("child process in init()")
         self._move_devices_and_finish_namespaces(story)
         story.make_file_system()
         if self._has_runtime_hooks():
             story.perform()
+            failpoint.hit("create.files")
             self._runtime_hooks()
+            failpoint.hit("create.hooks")
         story.change_root()
         if process.terminal:
             story.open_terminal(mount="mount" in story.new)
@@ -147,6 +150,7 @@ class Creation:
         if process.terminal:
             self.terminal = story.remote.descriptors.pop()
             self.terminal = hand_terminal(self.options, self.terminal)
+        take_limits(context, story)
         tell_identity(story, start_hooks=spec.hooks.start_container if spec.hooks else [])
         story.go()
         failpoint.hit("create.ready")
@@ -177,9 +181,11 @@ class Creation:
         path = f"{self.container.path}/exec.fifo"
         os.mkfifo(path, 0o622)
         story.exec_fifo = story.own(os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW))
+        failpoint.hit("create.fifo")
 
     def _born(self, pid: int) -> None:
         """Write down who init is, at once: from now on there is a process to clean up."""
+        failpoint.hit("create.cloned")
         self.container.pid = pid
         self.container.pid_start = state.process_stat(pid)[1]
         self.container.save()
@@ -213,16 +219,17 @@ class Creation:
     def _settle(self, story: Story, *, waits: bool) -> None:
         container = self.container
         wait_ready(story)
-        take_limits(self.context, story)
         self.context.debug("init: closing the pipe to signal completion")
         if waits:
             texts = {str(i): what for i, what in enumerate(story.p.descriptions) if i > story.ready and what}
             write_atomic("start.json", text.dumps(texts).encode(), dir_fd=container.fd)
+            failpoint.hit("create.texts")
         container.namespaces = {
             kind: f"/proc/{container.pid}/ns/{name}" for kind, name in FILES.items()
         }
         container.creating = False
         container.save()
+        failpoint.hit("create.saved")
         announce(self.context, self.options, container.pid, b"standard")
         if waits:
             story.remote.close()
@@ -266,6 +273,7 @@ def prepare(
         raise InvalidArgument(f"invalid rootfs: stat {rootfs}: no such file or directory")
     container = state.make(context, container_id)
     try:
+        failpoint.hit("create.folder")
         container.oci_version = spec.oci_version
         container.bundle, container.rootfs = bundle, rootfs
         container.annotations = dict(spec.annotations)
@@ -282,6 +290,7 @@ def prepare(
         container.save()
         failpoint.hit("create.record")
         write_atomic("config.json", data, dir_fd=container.fd)
+        failpoint.hit("create.config")
         creation.story = _plan(context, container, spec, options, rootfs, bundle, creation.cgroup)
     except BaseException:
         state.discard(container)
@@ -381,7 +390,7 @@ def take_environment(context: Context, story: Story, options: CreateOptions) -> 
 
 
 def take_limits(context: Context, story: Story) -> None:
-    """Limits and oom_score_adj, set from outside on a process that is ready: they are the user's, not init's.
+    """Limits and oom_score_adj, set from outside while init rests: its own work is done, its ids are still the runtime's.
 
     What may not be raised or lowered is clamped.
     """

@@ -128,6 +128,7 @@ class _Joining:
         if affinity and affinity.initial:
             self._bind(story, affinity.initial)
         self._enter(story)
+        failpoint.hit("exec.entered")
         if self.process.terminal:
             story.open_terminal(mount=False)
         story.look_up_home()
@@ -136,13 +137,14 @@ class _Joining:
         if affinity and affinity.final:
             self._bind(story, affinity.final)
         story.complete_environment()
+        failpoint.hit("exec.looked")
         if self.process.terminal:
             self.terminal = story.remote.descriptors.pop()
             self.terminal = create.hand_terminal(self.options, self.terminal)
+        create.take_limits(self.context, story)
         create.tell_identity(story)
         story.go()
         create.wait_ready(story)
-        create.take_limits(self.context, story)
         self.context.debug("setns_init: about to exec")
         failpoint.hit("exec.ready")
         create.announce(self.context, self.options, story.remote.pid, b"setns")

@@ -103,6 +103,7 @@ def _let_go(container: Container) -> None:
     answer = os.open(f"{path}/exec.fifo", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     handle = os.pidfd_open(container.pid)
     try:
+        failpoint.hit("start.opened")
         os.unlink(f"{path}/exec.fifo")
         failpoint.hit("start.word")
         poll = select.poll()
@@ -197,6 +198,7 @@ def delete(context: Context, container_id: str, *, force: bool = False) -> None:
         if status not in (state.STOPPED, state.CREATED) and not force:
             raise FailedPrecondition(f"cannot delete container {container_id} that is not stopped: {status}")
         _kill_init(container)
+        failpoint.hit("delete.killed")
         _destroy(container)
 
 
@@ -241,6 +243,7 @@ def _destroy(container: Container) -> None:
             except BoxshipError as error:
                 # The spec: a failing poststop hook is a warning, and the others run.
                 container.context.warn(str(error).replace("hook #0", f"hook #{i}"))
+    failpoint.hit("delete.hooks")
     state.discard(container)
     failpoint.hit("delete.done")
 

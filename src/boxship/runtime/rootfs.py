@@ -353,23 +353,22 @@ class Rootfs:
 
     def _bind_flags(self, mounted: Reg, options: mounts.Options) -> None:
         # With any option at all the flags are those asked for and no others, as `mount --bind -o …` has it; without one
-        # the source's stay. Access time stays unless it is named. Locked flags (a user namespace) cannot be cleared:
-        # then they stay too, unless their clearing was asked for by name.
+        # the source's stay. Access times stay unless a mode is asked for by name (as mount(2) has it, asking for one to be
+        # off is not enough). Flags that a user namespace has locked stay too, unless their clearing was asked for.
         wanted, cleared = options.flags & ~(m.MS_BIND | m.MS_REC | m.MS_REMOUNT | m.MS_SILENT), options.cleared
         if not wanted and not cleared:
             return
-        atime_named = (wanted | cleared) & (mounts.ATIME | m.MS_NODIRATIME)
         attr_set = mounts.mount_attributes(wanted)
-        clearable = mounts.CLEARABLE if atime_named else mounts.CLEARABLE & ~m.MOUNT_ATTR_NODIRATIME
+        access = (m.MOUNT_ATTR__ATIME | m.MOUNT_ATTR_NODIRATIME) if wanted & (mounts.ATIME | m.MS_NODIRATIME) else 0
+        clearable = mounts.CLEARABLE & ~m.MOUNT_ATTR_NODIRATIME | access
         done = Label()
         self.set_attributes(
-            mounted, what="", attr_set=attr_set, on_err=NEXT, on_ok=done,
-            attr_clr=(clearable & ~attr_set) | (m.MOUNT_ATTR__ATIME if atime_named else 0),
+            mounted, what="", attr_set=attr_set, on_err=NEXT, on_ok=done, attr_clr=clearable & ~(attr_set & ~m.MOUNT_ATTR__ATIME)
         )
-        named = mounts.mount_attributes(cleared) & ~m.MOUNT_ATTR__ATIME
+        named = mounts.mount_attributes(cleared) & mounts.CLEARABLE & ~m.MOUNT_ATTR_NODIRATIME
         self.set_attributes(
             mounted, what="failed to set user-requested vfs flags on bind-mount: cannot clear locked flags",
-            attr_set=attr_set, attr_clr=(named & ~attr_set) | (m.MOUNT_ATTR__ATIME if atime_named else 0),
+            attr_set=attr_set, attr_clr=(named | m.MOUNT_ATTR_NOSYMFOLLOW | access) & ~(attr_set & ~m.MOUNT_ATTR__ATIME),
         )
         self.p.mark(done)
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import errno
 import os
 
+from boxship.kit import failpoint
 from boxship.kit.errors import AlreadyExists, BoxshipError, FailedPrecondition, InvalidArgument, NotFound
 from boxship.kit.files import read_all, write_atomic
 from boxship.oci import text
@@ -311,6 +312,7 @@ def discard(container: Container) -> None:
             if name == "notify":
                 continue
             os.unlink(f"{path}/{name}")
+            failpoint.hit("delete.file")
         if folder:
             os.rmdir(path)
     # state.json went with the rest, so a kill between here and there leaves an empty folder that delete --force takes.
