@@ -71,13 +71,19 @@ def _read(path: str) -> bytes:
 
 def host(scratch: Scratch, kernel: Kernel, maps: Maps | None, hostname: str, *, own_network: bool) -> dict[str, Any]:
     """The configuration of a container of this machine's own files. Fills the scratch folder."""
+    from boxship.cli import template
     from boxship.cli.host import assemble
 
     config = specs.default(hostname, maps, own_network=own_network)
     # The machine's set-user-id programs are made for its users, not for whoever can start a container.
     layers = Layers(scratch, kernel, ["nosuid", "nodev"])
     config["process"]["noNewPrivileges"] = True
-    config["mounts"] = assemble(layers) + config["mounts"]
+    base = os.path.dirname(scratch.path)
+    held = template.hold(os.path.join(os.path.dirname(base), "host"), base)
+    try:
+        config["mounts"] = assemble(layers, held.path) + config["mounts"]
+    finally:
+        held.release()
     for path, data in hostname_files(hostname, own_network=own_network).items():
         layers.write(path, data)
     config["process"]["args"] = ["sh"]

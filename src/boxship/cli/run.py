@@ -107,6 +107,21 @@ class Run:
         scratch.sweep(places, lambda run_id: _still_there(context, run_id), self._delete_as_root)
         self._choose_maps(kind)
         try:
+            return self._once(context, kind, path, command, places)
+        except BoxshipError:
+            # Many policies have a say in whether root may make user namespaces, so only a failure is worth asking: a test
+            # takes as long as all of the image's making.
+            from boxship.linux.probe import bare_user_namespace
+
+            if self.rootless or self.maps is None or bare_user_namespace():
+                raise
+        self.maps = None
+        return self._once(context, kind, path, command, places)
+
+    def _once(self, context: Context, kind: str, path: str, command: list[str], places: Sequence[str]) -> int:
+        from boxship.cli import scratch
+
+        try:
             self.scratch = scratch.make(places, self.id)
         except FileExistsError:
             raise AlreadyExists(f'the container name "{self.id}" is already in use') from None
@@ -138,11 +153,10 @@ class Run:
 
     def _choose_maps(self, kind: str) -> None:
         from boxship.cli import idmap
-        from boxship.linux.probe import bare_user_namespace
 
         if self.rootless:
             self.maps = idmap.caller(self.environ, os.geteuid(), os.getegid())
-        elif kind != "bundle" and bare_user_namespace():
+        elif kind != "bundle":
             self.maps = idmap.identity()
 
     def _image(self, kind: str, path: str) -> dict[str, Any]:

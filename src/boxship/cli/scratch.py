@@ -129,7 +129,7 @@ class Scratch:
         if os.geteuid() == 0:
             if status.st_uid or status.st_gid:
                 _give(upper, status.st_uid, status.st_gid)
-        else:
+        elif status.st_uid != os.geteuid():
             self._own_folders(lower, upper)
         return link, upper, work
 

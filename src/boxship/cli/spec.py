@@ -7,6 +7,8 @@ Not here: what an image brings (`boxship.cli.image`), reading of the flags' valu
 
 from __future__ import annotations
 
+from boxship.cli.idmap import identity
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -73,7 +75,7 @@ def default(hostname: str, maps: Maps | None, *, own_network: bool) -> dict[str,
         "root": {"path": "rootfs"},
         "hostname": hostname,
         # sysfs belongs to the network namespace: only who owns that one may mount it.
-        "mounts": mounts(devpts_group=maps is None or maps.holds(0, 5), sysfs=own_network or maps is None, cgroup=True),
+        "mounts": mounts(devpts_group=(maps or identity()).holds(0, 5), sysfs=own_network or maps is None, cgroup=True),
         "linux": linux,
     }
     add_user_namespace(spec, maps)

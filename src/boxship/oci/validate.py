@@ -50,18 +50,21 @@ def validate(
     rootless: bool,
     systemd_cgroup: bool = False,
     is_host_netns: Callable[[str], bool] | None = None,
+    needs_process: bool = True,
 ) -> list[str]:
     """Check `spec`; the warnings that come back are for the log.
 
     `rootless`: the caller is not root (runc's RootlessEUID). `is_host_netns` tells whether a path is the caller's
-    network namespace, for the rule about sysctls; without it, a path is taken for another one's.
+    network namespace, for the rule about sysctls; without it, a path is taken for another one's. Without `needs_process`
+    there may be no process: one can be created, but not started.
     Raises InvalidArgument with the first rule that is broken.
     """
     warnings: list[str] = []
     _version(spec.oci_version)
-    if spec.process is None:
+    if spec.process is not None:
+        validate_process(spec.process)
+    elif needs_process:
         raise InvalidArgument("process property must not be empty")
-    validate_process(spec.process)
     if spec.root is None:
         raise InvalidArgument("root must be specified")
     if not spec.root.path:
@@ -100,7 +103,7 @@ def validate(
     elif rootless:
         raise InvalidArgument("rootless container requires user namespaces")
     for index, mount in enumerate(spec.mounts):
-        _mount(mount, f"mounts[{index}]", linux, namespaces, rootless)
+        _mount(mount, f"mounts[{index}]", linux, namespaces, rootless, warnings)
     if linux is not None:
         _memory_policy(linux)
     _hooks(spec, warnings)
@@ -417,15 +420,17 @@ def _rootless(spec: Spec, linux: Linux, namespaces: dict[str, str]) -> None:
 
 
 def _mount(
-    mount: Mount, path: str, linux: Linux | None, namespaces: dict[str, str], rootless: bool
+    mount: Mount, path: str, linux: Linux | None, namespaces: dict[str, str], rootless: bool, warnings: list[str]
 ) -> None:
     def refuse(rule: str) -> InvalidArgument:
         return InvalidArgument(f"invalid mount {mount.destination}: {rule}", path)
 
     bind = "bind" in mount.options or "rbind" in mount.options
     if bind and not MOUNT_OPTIONS.issuperset(mount.options):
-        # The kernel ignores them: a bind mount shows a superblock that has its options already.
-        raise refuse("bind mounts cannot have any filesystem-specific options applied")
+        # They have no effect: a bind mount shows a superblock that has its options already. runc refuses, crun ignores, and
+        # the validation programs of runtime-tools have such a mount.
+        extra = ", ".join(o for o in mount.options if o not in MOUNT_OPTIONS)
+        warnings.append(f"mount {mount.destination}: bind mounts cannot have filesystem-specific options, ignored: {extra}")
     mapped = bool(mount.uid_mappings or mount.gid_mappings)
     if not mapped and "idmap" not in mount.options and "ridmap" not in mount.options:
         return

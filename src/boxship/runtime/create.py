@@ -21,7 +21,7 @@ from boxship.linux import namespaces
 from boxship.linux.cgroups import Cgroup
 from boxship.linux.remote import RemoteError, RemoteGone
 from boxship.oci import text
-from boxship.oci.config import Spec
+from boxship.oci.config import Process, Spec
 from boxship.runtime import hooks, state
 from boxship.runtime.executor import executor
 from boxship.runtime.init import Story
@@ -69,7 +69,7 @@ def create(
     Raises BoxshipError; then nothing is left of it.
     """
     options = options or CreateOptions()
-    made = prepare(context, container_id, bundle, options, spec)
+    made = prepare(context, container_id, bundle, options, spec, needs_process=False)
     try:
         check_terminal(made.spec, options, detach=True)
         made.tell(waits=True)
@@ -106,8 +106,8 @@ class Creation:
         """Everything up to the moment at which init waits: for `start` (`waits`), or for the parent's word."""
         container, spec, context = self.container, self.spec, self.context
         story = self.story
-        assert story is not None and spec.process is not None
-        process = spec.process
+        assert story is not None
+        process = story.process
         self._make_cgroup(story)
         failpoint.hit("create.cgroup")
         story.on_pid = self._born
@@ -179,7 +179,9 @@ class Creation:
 
     def _make_fifo(self, story: Story) -> None:
         path = f"{self.container.path}/exec.fifo"
-        os.mkfifo(path, 0o622)
+        os.mkfifo(path, 0o600)
+        # Init opens it as the container's user. To write to it is nothing: only a reader, who must own it, is the word.
+        os.chmod(path, 0o622)
         story.exec_fifo = story.own(os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW))
         failpoint.hit("create.fifo")
 
@@ -213,7 +215,8 @@ class Creation:
         h = self.spec.hooks
         assert h is not None
         data = self.container.hook_state(state.CREATING)
-        hooks.run_hooks("prestart", h.prestart, data)
+        # The oldest kind, from when there was no `createRuntime`: what reads its state expects "created".
+        hooks.run_hooks("prestart", h.prestart, self.container.hook_state(state.CREATED))
         hooks.run_hooks("createRuntime", h.create_runtime, data)
 
     def _settle(self, story: Story, *, waits: bool) -> None:
@@ -257,7 +260,8 @@ class Creation:
 
 
 def prepare(
-    context: Context, container_id: str, bundle: str, options: CreateOptions, given: dict[str, object] | None
+    context: Context, container_id: str, bundle: str, options: CreateOptions, given: dict[str, object] | None, *,
+    needs_process: bool = True,
 ) -> Creation:
     """Read and check everything, take the id, and plan: nothing in the kernel yet but the container's folder."""
     state.check_id(container_id)
@@ -266,7 +270,7 @@ def prepare(
         spec, data = load_spec(context, bundle)
     else:
         spec, data = Spec.decode(given, ""), text.dumps(given).encode()
-    check(context, spec)
+    check(context, spec, needs_process=needs_process)
     root = spec.root
     rootfs = os.path.realpath(os.path.join(bundle, root.path if root else ""))
     if not os.path.isdir(rootfs):
@@ -299,7 +303,7 @@ def prepare(
     return creation
 
 
-def check(context: Context, spec: Spec) -> None:
+def check(context: Context, spec: Spec, *, needs_process: bool) -> None:
     """The rules that hold between fields; warnings go to the log."""
     from boxship.oci.validate import validate
 
@@ -312,15 +316,15 @@ def check(context: Context, spec: Spec) -> None:
             return False  # `open_namespace` says what is wrong with it
 
     rootless, systemd = os.geteuid() != 0, context.systemd_cgroup
-    for warning in validate(spec, rootless=rootless, systemd_cgroup=systemd, is_host_netns=is_host_netns):
+    for warning in validate(spec, rootless=rootless, systemd_cgroup=systemd, is_host_netns=is_host_netns,
+                            needs_process=needs_process):
         context.warn(warning)
 
 
 def _plan(
     context: Context, container: Container, spec: Spec, options: CreateOptions, rootfs: str, bundle: str, cgroup: Cgroup | None
 ) -> Story:
-    assert spec.process is not None
-    story = Story(context, spec, spec.process, rootfs=rootfs, bundle=bundle)
+    story = Story(context, spec, spec.process or Process(cwd="/"), rootfs=rootfs, bundle=bundle)
     story.cgroup = cgroup
     story.no_pivot = options.no_pivot
     story.keyring = "" if options.no_new_keyring else f"_ses.{container.id}"
@@ -429,16 +433,18 @@ def tell_identity(story: Story, *, start_hooks: Sequence[Hook] = ()) -> None:
     story.apply_label()
     story.take_scheduling()
     story.pass_descriptors()
+    story.enter_directory()
     if not process.no_new_privileges:
         story.load_filter()
     story.become_user()
-    path = story.find_program()
+    path = story.find_program() if process.args else None
     if process.no_new_privileges:
         story.load_filter()
     story.wait_for_start()
     if start_hooks:
         story.run_hooks("startContainer", list(start_hooks), state.CREATED, default_env=story.env)
-    story.execute(path)
+    if path is not None:
+        story.execute(path)
 
 
 def wait_ready(story: Story) -> None:

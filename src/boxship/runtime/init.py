@@ -640,33 +640,46 @@ class Story:
             self.p.call(sc.DUP3, fd_register, 3 + i, 0, what=f"pass descriptor {3 + i}")
             self.fs.close(fd_register)
 
+    def enter_directory(self) -> None:
+        """Go to process.cwd while still the runtime's identity; `become_user` tries again where that one may not.
+
+        Before the filter is loaded, which may know nothing of chdir(2) and getcwd(2).
+        """
+        p = self.p
+        self._pending = p.place(b"\1\0\0\0")
+        if not self.process.cwd:
+            return
+        tried, again = Label(), Label()
+        p.call(sc.CHDIR, self.process.cwd, on_ok=tried, on_err=again)
+        p.mark(tried)
+        p.store(self._pending, 0)
+        self._directory_is_inside()
+        p.mark(again)
+
+    def _directory_is_inside(self) -> None:
+        # A directory outside the root shows as "(unreachable)…": a leaked descriptor as cwd (CVE-2024-21626).
+        p = self.p
+        where = p.place(bytes(4104))
+        outside = "!current working directory is outside of container mount namespace root -- possible container breakout detected"
+        p.point(p.call(sc.GETCWD, 0, 4096, what=outside), 0, where)
+        p.expect(where, ord("/"), mask=0xFF, error=errno.ENOENT, what=outside)
+
     def become_user(self) -> None:
-        """From the runtime's identity to the process's: directory, bounding set, ids, capabilities, in that order.
+        """From the runtime's identity to the process's: bounding set, ids, directory, capabilities, in that order.
 
         The directory is tried before and after the change of ids, since either identity may be the one that can reach it.
         The bounding set needs CAP_SETPCAP, the ids need CAP_SETUID, so capabilities come last, kept over setuid(2).
         """
         p = self.p
-        process = self.process
-        tried, again, there = Label(), Label(), Label()
-        pending = p.place(b"\1\0\0\0")
-        if process.cwd:
-            p.call(sc.CHDIR, process.cwd, on_ok=tried, on_err=again)
-            p.mark(tried)
-            p.store(pending, 0)
-            p.mark(again)
+        there = Label()
         bounding = self._bounding_set()
         p.call(sc.PRCTL, _PR_SET_KEEPCAPS, 1, 0, 0, 0, what="unable to set keep caps")
         self._ids()
-        if process.cwd:
-            p.expect(pending, 1, error=errno.EEXIST, on_err=there)
-            p.call(sc.CHDIR, process.cwd, what=f'chdir to cwd ("{process.cwd}") set in config.json failed')
+        if self.process.cwd:
+            p.expect(self._pending, 1, error=errno.EEXIST, on_err=there)
+            p.call(sc.CHDIR, self.process.cwd, what=f'chdir to cwd ("{self.process.cwd}") set in config.json failed')
+            self._directory_is_inside()
             p.mark(there)
-        # A directory outside the root shows as "(unreachable)…": a leaked descriptor as cwd (CVE-2024-21626).
-        where = p.place(bytes(4104))
-        outside = "!current working directory is outside of container mount namespace root -- possible container breakout detected"
-        p.point(p.call(sc.GETCWD, 0, 4096, what=outside), 0, where)
-        p.expect(where, ord("/"), mask=0xFF, error=errno.ENOENT, what=outside)
         p.call(sc.PRCTL, _PR_SET_KEEPCAPS, 0, 0, 0, 0, what="unable to clear keep caps")
         self._capabilities(bounding)
 

@@ -88,8 +88,10 @@ def start(context: Context, container_id: str) -> None:
             raise FailedPrecondition("cannot start an already running container")
         if status != state.CREATED:
             raise FailedPrecondition(f"cannot start a container in the {status} state")
-        _let_go(container)
         spec = container.spec()
+        if spec.process is None:
+            raise FailedPrecondition("process property must not be empty")
+        _let_go(container)
         try:
             _poststart(container, spec.hooks)
         except BoxshipError:

@@ -393,7 +393,6 @@ MAPPED = {"uidMappings": IDS, "gidMappings": IDS}
 @pytest.mark.parametrize(
     ("changes", "mount", "words"),
     [
-        ({}, {"options": ["rbind", "size=5"]}, "bind mounts cannot have any filesystem-specific options applied"),
         ({}, {"options": ["ro"], "type": "tmpfs"} | MAPPED, "id-mapped mounts are only supported for bind-mounts"),
         ({}, {"options": ["bind", "idmap"]}, "id-mapped mounts must have both uid and gid mappings specified"),
         ({}, {"options": ["bind"], "uidMappings": IDS}, "id-mapped mounts must have both uid and gid mappings specified"),
@@ -589,3 +588,12 @@ def test_host_id_of_an_id_inside() -> None:
 def test_unknown_letters_of_device_access_are_only_warned_of() -> None:
     found = warnings({"linux.resources": {"devices": [{"allow": True, "access": "rx"}]}})
     assert found == ['linux.resources.devices[0].access: expected letters of rwm, got "rx"']
+
+
+def test_options_of_file_systems_on_a_bind_mount_are_warned_of() -> None:
+    found = warnings({"mounts+": BIND | {"options": ["rbind", "size=5"]}})
+    assert found == ["mount /x: bind mounts cannot have filesystem-specific options, ignored: size=5"]
+
+
+def test_a_configuration_without_process_can_be_created() -> None:
+    assert validate(spec_with({"process": None}), rootless=False, needs_process=False) == []
