@@ -51,13 +51,15 @@ def scratch(tmp_path: Path) -> Scratch:
 def assemble(machine: Path, scratch: Scratch, **kernel: object) -> Layers:
     settings: dict[str, object] = {"userns": True, "version": (6, 1), "busy": ["/"], **kernel}
     layers = Layers(scratch, Kernel(**settings), ["nosuid", "nodev"])  # type: ignore[arg-type]
-    host.assemble(layers, str(machine))
+    template = machine.parent / "template"
+    host.build(str(template), str(machine))
+    host.assemble(layers, str(template), str(machine))
     return layers
 
 
 def test_no_secret_is_in_the_skeleton(machine: Path, scratch: Scratch) -> None:
     assemble(machine, scratch)
-    for folder, _, names in os.walk(scratch.rootfs):
+    for folder, _, names in [*os.walk(scratch.rootfs), *os.walk(machine.parent / "template")]:
         for name in names:
             path = os.path.join(folder, name)
             assert SECRET not in name
@@ -68,20 +70,21 @@ def test_no_secret_is_in_the_skeleton(machine: Path, scratch: Scratch) -> None:
 def test_only_programs_and_listed_folders_of_etc_are_layers(machine: Path, scratch: Scratch) -> None:
     layers = assemble(machine, scratch)
     lowers = {os.readlink(f"{scratch.path}/lower/{name}") for name in os.listdir(f"{scratch.path}/lower")}
-    assert lowers == {f"{machine}/{name}" for name in ("usr", "lib64", "etc/alternatives", "etc/ssl/certs")}
-    assert [mount["destination"] for mount in layers.mounts] == ["/usr", "/lib64", "/usr/local/etc", "/etc/alternatives", "/etc/ssl/certs"]
+    template = machine.parent / "template"
+    assert lowers == {f"{machine}/usr", f"{machine}/lib64", f"{template}/etc", f"{template}/var"}
+    assert [mount["destination"] for mount in layers.mounts] == ["/usr", "/lib64", "/usr/local/etc", "/etc", "/var"]
 
 
 def test_links_into_usr_are_links_in_the_container(machine: Path, scratch: Scratch) -> None:
     assemble(machine, scratch)
     assert os.readlink(f"{scratch.rootfs}/bin") == "usr/bin"
-    assert os.readlink(f"{scratch.rootfs}/etc/localtime") == "/usr/share/zoneinfo/UTC"
-    assert os.readlink(f"{scratch.rootfs}/etc/os-release") == "../usr/lib/os-release"
+    assert os.readlink(machine.parent / "template/etc/localtime") == "/usr/share/zoneinfo/UTC"
+    assert os.readlink(machine.parent / "template/etc/os-release") == "../usr/lib/os-release"
 
 
 def test_a_listed_file_that_others_may_not_read_stays_out(machine: Path, scratch: Scratch) -> None:
     assemble(machine, scratch)
-    etc = Path(scratch.rootfs, "etc")
+    etc = machine.parent / "template/etc"
     assert (etc / "services").read_text() == "ssh 22/tcp\n"
     assert not (etc / "protocols").exists()
     assert (etc / "java-17-openjdk/jvm.cfg").exists()
@@ -90,8 +93,8 @@ def test_a_listed_file_that_others_may_not_read_stays_out(machine: Path, scratch
 
 def test_names_of_users_come_without_password_hashes(machine: Path, scratch: Scratch) -> None:
     assemble(machine, scratch)
-    assert Path(scratch.rootfs, "etc/passwd").read_text().splitlines()[0] == "root:x:0:0:root:/root:/bin/sh"
-    assert Path(scratch.rootfs, "etc/group").read_text() == "root:x:0:\n"
+    assert (machine.parent / "template/etc/passwd").read_text().splitlines()[0] == "root:x:0:0:root:/root:/bin/sh"
+    assert (machine.parent / "template/etc/group").read_text() == "root:x:0:\n"
 
 
 def test_the_private_folders_are_fresh(machine: Path, scratch: Scratch) -> None:
@@ -112,9 +115,10 @@ def test_overlays_say_what_the_kernel_wants_of_them(machine: Path, scratch: Scra
 
 
 def test_an_old_kernel_gets_a_read_only_bind_in_a_user_namespace(machine: Path, scratch: Scratch) -> None:
-    usr = assemble(machine, scratch, version=(5, 4)).mounts[0]
-    assert usr["type"] == "bind"
+    usr, lib64, _ = assemble(machine, scratch, version=(5, 4)).mounts
+    assert (usr["type"], lib64["type"]) == ("bind", "bind")
     assert {"ro", "rro", "nosuid"} <= set(usr["options"])
+    assert Path(scratch.rootfs, "etc/services").exists()
 
 
 def test_an_old_kernel_gets_no_new_options_of_overlay(machine: Path, scratch: Scratch) -> None:
