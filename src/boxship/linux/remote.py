@@ -365,6 +365,8 @@ class Remote:
                 continue
             if len(message) != 8:
                 raise RemoteGone("the container's init ended unexpectedly")
+            index: int
+            error: int
             index, error = _ANSWER.unpack(message)
             if index == _ASIDE:
                 return ~error

@@ -22,7 +22,7 @@ from boxship.linux.cgroups import Cgroup
 from boxship.linux.remote import RemoteError, RemoteGone
 from boxship.oci import text
 from boxship.oci.config import Process, Spec
-from boxship.runtime import hooks, state
+from boxship.runtime import hooks, notify, state
 from boxship.runtime.executor import executor
 from boxship.runtime.init import Story
 from boxship.runtime.options import CreateOptions
@@ -295,6 +295,7 @@ def prepare(
         failpoint.hit("create.record")
         write_atomic("config.json", data, dir_fd=container.fd)
         failpoint.hit("create.config")
+        notify.prepare(context, container, spec)
         creation.story = _plan(context, container, spec, options, rootfs, bundle, creation.cgroup)
     except BaseException:
         state.discard(container)
@@ -445,6 +446,8 @@ def tell_identity(story: Story, *, start_hooks: Sequence[Hook] = ()) -> None:
         story.run_hooks("startContainer", list(start_hooks), state.CREATED, default_env=story.env)
     if path is not None:
         story.execute(path)
+    else:
+        story.give_up()
 
 
 def wait_ready(story: Story) -> None:

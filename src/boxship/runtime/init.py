@@ -686,23 +686,25 @@ class Story:
     def _bounding_set(self) -> int:
         from boxship.linux import capabilities
 
-        self.held = capabilities.bounding()
+        everything = (1 << capabilities.last_cap() + 1) - 1
+        # The maker of a user namespace has all capabilities in it, also those that the runtime lacks outside.
+        held = everything if self.userns else capabilities.bounding()
         if self.process.capabilities is None:
-            return self.held
+            return held
         unknown: set[str] = set()
         masks = {}
         for kind in ("bounding", "effective", "inheritable", "permitted", "ambient"):
             masks[kind], missing = capabilities.bits(getattr(self.process.capabilities, kind))
             unknown.update(missing)
-            lacking = masks[kind] & ~self.held
+            lacking = masks[kind] & ~held
             if lacking:
                 unknown.update(capabilities.names(lacking))
-                masks[kind] &= self.held
+                masks[kind] &= held
         if unknown:
             self.context.warn(f"ignoring unknown or unavailable capabilities: [{' '.join(sorted(unknown))}]")
         self.masks = masks
         for number in range(capabilities.last_cap() + 1):
-            if not masks["bounding"] >> number & 1 and self.held >> number & 1:
+            if not masks["bounding"] >> number & 1:
                 self.p.call(sc.PRCTL, _PR_CAPBSET_DROP, number, 0, 0, 0, what="unable to apply bounding set")
         return masks["bounding"]
 
@@ -840,6 +842,10 @@ class Story:
         index = p.call(sc.EXECVE, path, 0, 0, what=f'exec {self.process.args[0]}')
         p.point(index, 1, argv)
         p.point(index, 2, envp)
+
+    def give_up(self) -> None:
+        """End: there is no program."""
+        self.p.call(sc.EXIT_GROUP, 1)
 
     # --- hooks that init runs ------------------------------------------------------------------------------------
 
