@@ -284,6 +284,12 @@ def pivot_root(new_root: str, put_old: str) -> None:
     _sys.syscall(syscalls.PIVOT_ROOT, _path(new_root), _path(put_old))
 
 
+def kernel_version() -> tuple[int, int]:
+    """The running kernel's version and patch level, (6, 18) for "6.18.44-custom"."""
+    numbers = os.uname().release.split("-")[0].split(".")
+    return int(numbers[0]), int("".join(c for c in numbers[1] if c.isdigit()) or 0)
+
+
 def mount_points(*fstypes: str) -> list[str]:
     """Where file systems (of those types, or all) are mounted, in the order of mounting."""
     points = []

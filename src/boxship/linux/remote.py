@@ -30,7 +30,7 @@ from boxship.linux import _sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from typing import TypeAlias
 
     Argument: TypeAlias = int | bytes | bytearray | str | "Reg" | None
@@ -148,29 +148,40 @@ class Program:
 
         `on_err`: 0 stops the program and makes `Remote.run` raise; NEXT ignores the failure; a `Label` is jumped to.
         """
-        index = len(self._ops)
-        words = [0, 0, 0, 0, 0, 0]
-        registers = 0
-        for i, arg in enumerate(args):
-            if type(arg) is int:
-                words[i] = arg & _MASK
-            elif type(arg) is Reg:
-                words[i] = arg.number
-                registers |= 1 << i
-            elif type(arg) is str:
-                self._pointers.append((index, i, self._string(arg)))
+        # Called hundreds of times for a container: every line counts.
+        ops = self._ops
+        index = len(ops)
+        op = [nr, dst.number if dst else 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+        i = 6
+        for arg in args:
+            kind = type(arg)
+            if kind is int:
+                op[i] = arg & _MASK  # type: ignore[operator]
+            elif kind is Reg:
+                op[i] = arg.number  # type: ignore[union-attr]
+                op[2] |= 1 << i - 6
+            elif kind is str:
+                self._pointers.append((index, i - 6, self._string(arg)))  # type: ignore[arg-type]
             elif arg is not None:
-                self._pointers.append((index, i, self.place(arg)))  # type: ignore[arg-type]
-        err = 0
-        if type(on_err) is Label:
-            on_err.users.append((index, 4))
-        elif on_err == NEXT:
-            err = index + 1
+                self._pointers.append((index, i - 6, self.place(arg)))  # type: ignore[arg-type]
+            i += 1
+        if on_err:
+            if type(on_err) is Label:
+                on_err.users.append((index, 4))
+            else:
+                op[4] = index + 1
         if on_ok is not None:
             on_ok.users.append((index, 3))
-        self._ops.append([nr, dst.number if dst else 0, registers, 0, err, 0, *words])
-        mark = what[: what.index("@", 1) + 1] if what.startswith("@") else what[: what.startswith("!")]
-        self._what.append(mark + self.context + what[len(mark) :] if self.context else what)
+        ops.append(op)
+        context = self.context
+        if context and what:
+            mark = ""
+            if what[0] == "!":
+                mark = "!"
+            elif what[0] == "@":
+                mark = what[: what.index("@", 1) + 1]
+            what = mark + context + what[len(mark) :]
+        self._what.append(what)
         return index
 
     def point(self, index: int, argument: int, offset: int) -> None:
@@ -311,13 +322,28 @@ class Remote:
     `descriptors` are those that the remote process sent back, in order; whoever takes one owns it.
     """
 
-    def __init__(self, pid: int, ctl: int, memory: int) -> None:
-        """Takes the descriptors `ctl` and `memory`."""
-        self.pid = pid
+    def __init__(self, pid: int | Callable[[], int], ctl: int, memory: int) -> None:
+        """Takes the descriptors `ctl` and `memory`. `pid` may be a promise, kept at the first use of `self.pid`.
+
+        Programs can be sent before: they wait in the socket.
+        """
+        self._pid = pid
         self.ctl = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, ctl)
         self.memory = memory
         self.descriptors: list[int] = []
         self._program: Program | None = None
+
+    @property
+    def pid(self) -> int:
+        """The process. Raises OSError when it could not be started after all."""
+        if not isinstance(self._pid, int):
+            promise, self._pid = self._pid, 0
+            self._pid = promise()
+        return self._pid
+
+    @pid.setter
+    def pid(self, pid: int) -> None:
+        self._pid = pid
 
     def close(self) -> None:
         """Let go: a remote process that waits for a program exits."""
@@ -394,6 +420,12 @@ class Remote:
         except RemoteGone:
             return
         raise RemoteGone("the container's init came back instead of executing its program")
+
+    @property
+    def descriptions(self) -> list[str]:
+        """Those of the program that was sent last."""
+        assert self._program is not None
+        return self._program.descriptions
 
     def result(self, index: int) -> int:
         """What operation `index` of the last program returned; negative errno when it failed."""

@@ -110,7 +110,6 @@ class Creation:
         process = story.process
         self._make_cgroup(story)
         failpoint.hit("create.cgroup")
-        story.on_pid = self._born
         story.executor = executor()
         if waits:
             self._make_fifo(story)
@@ -128,14 +127,17 @@ class Creation:
             story.perform()
             self.cgroup.apply(self.limits)
         story.keep_fifo()
-        story.perform()
-        story.learn_fifo()
+        # From here on the next step is written while init carries out the one before.
+        story.go()
         failpoint.hit("create.entered")
         context.debug("child process in init()")
-        self._move_devices_and_finish_namespaces(story)
+        self._move_devices(story)
         story.make_file_system()
+        story.go()
+        if spec.hooks:
+            self._know_init(story)
         if self._has_runtime_hooks():
-            story.perform()
+            story.done()
             failpoint.hit("create.files")
             self._runtime_hooks()
             failpoint.hit("create.hooks")
@@ -144,14 +146,15 @@ class Creation:
             story.open_terminal(mount="mount" in story.new)
         story.close_file_system()
         story.look_up_home()
-        story.perform()
+        story.go()
         story.complete_environment()
+        tell_identity(story, start_hooks=spec.hooks.start_container if spec.hooks else [])
+        story.done()
         failpoint.hit("create.root")
         if process.terminal:
             self.terminal = story.remote.descriptors.pop()
             self.terminal = hand_terminal(self.options, self.terminal)
         take_limits(context, story)
-        tell_identity(story, start_hooks=spec.hooks.start_container if spec.hooks else [])
         story.go()
         failpoint.hit("create.ready")
         self._settle(story, waits=waits)
@@ -185,16 +188,13 @@ class Creation:
         story.exec_fifo = story.own(os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW))
         failpoint.hit("create.fifo")
 
-    def _born(self, pid: int) -> None:
-        """Write down who init is, at once: from now on there is a process to clean up."""
-        failpoint.hit("create.cloned")
-        self.container.pid = pid
-        self.container.pid_start = state.process_stat(pid)[1]
-        self.container.save()
+    def _know_init(self, story: Story) -> None:
+        self.container.pid = story.remote.pid
+        self.container.pid_start = state.process_stat(story.remote.pid)[1]
 
     # --- beside init ---------------------------------------------------------------------------------------------
 
-    def _move_devices_and_finish_namespaces(self, story: Story) -> None:
+    def _move_devices(self, story: Story) -> None:
         linux = self.spec.linux
         if linux and linux.net_devices:
             from boxship.linux.netdevice import move
@@ -221,10 +221,11 @@ class Creation:
 
     def _settle(self, story: Story, *, waits: bool) -> None:
         container = self.container
+        self._know_init(story)
         wait_ready(story)
         self.context.debug("init: closing the pipe to signal completion")
         if waits:
-            texts = {str(i): what for i, what in enumerate(story.p.descriptions) if i > story.ready and what}
+            texts = {str(i): what for i, what in enumerate(story.remote.descriptions) if i > story.ready and what}
             write_atomic("start.json", text.dumps(texts).encode(), dir_fd=container.fd)
             failpoint.hit("create.texts")
         container.namespaces = {
@@ -296,7 +297,7 @@ def prepare(
         write_atomic("config.json", data, dir_fd=container.fd)
         failpoint.hit("create.config")
         notify.prepare(context, container, spec)
-        creation.story = _plan(context, container, spec, options, rootfs, bundle, creation.cgroup)
+        creation.story = plan(context, container, spec, options, rootfs, bundle, creation.cgroup)
     except BaseException:
         state.discard(container)
         container.close()
@@ -322,9 +323,10 @@ def check(context: Context, spec: Spec, *, needs_process: bool) -> None:
         context.warn(warning)
 
 
-def _plan(
+def plan(
     context: Context, container: Container, spec: Spec, options: CreateOptions, rootfs: str, bundle: str, cgroup: Cgroup | None
 ) -> Story:
+    """The story of a container, with what is decided before it begins: namespaces, filter, environment."""
     story = Story(context, spec, spec.process or Process(cwd="/"), rootfs=rootfs, bundle=bundle)
     story.cgroup = cgroup
     story.no_pivot = options.no_pivot
@@ -453,7 +455,7 @@ def tell_identity(story: Story, *, start_hooks: Sequence[Hook] = ()) -> None:
 def wait_ready(story: Story) -> None:
     """Wait until init says that it is ready, serving what it hands over on the way."""
     while True:
-        index = story.remote.wait()
+        index = story.answer()
         if index >= 0:
             return
         handle = os.pidfd_open(story.remote.pid)

@@ -99,11 +99,13 @@ class Story:
         self.keyring = ""
         self.rootless = context.rootless
         self.may_set_groups = True
-        self.on_pid: Callable[[int], None] = lambda pid: None
+        self._passwd = b""
         self.ready = -1
         self._remote: Remote | None = None
         self.executor = -1
         self.joined_user = False
+        self._in_flight = False
+        self._to_learn: list[Callable[[], None]] = []
         self.p = Program()
         self.fds: list[int] = []
         self._opened: list[int] = []
@@ -142,23 +144,36 @@ class Story:
         return fd
 
     def go(self) -> None:
-        """Let init begin with what was written so far; the parent goes on meanwhile."""
+        """Let init begin with what was written so far, once it is through with what it was told before.
+
+        The parent writes the next program meanwhile; `done` waits.
+        """
+        self.done()
         self.p.end()
         self.remote.send(self.p, self.fds)
-
-    def done(self) -> int:
-        """Wait until init came to the end of it, and begin a new program. Returns the index that it answered."""
-        index = self.remote.wait()
+        self._in_flight = True
         self.p = Program()
         self.fds = []
         self.fs.use(self.p)
-        return index
+
+    def done(self) -> None:
+        """Wait until init came to the end of what it was told. Raises RemoteError, RemoteGone."""
+        if self._in_flight:
+            self.answer()
+            for learn in self._to_learn:
+                learn()
+            self._to_learn = []
+
+    def answer(self) -> int:
+        """The next answer to the program that was sent last, see `Remote.wait`."""
+        self._in_flight = False
+        return self.remote.wait()
 
     def perform(self) -> None:
         """`go` and `done`."""
         if len(self.p):
             self.go()
-            self.done()
+        self.done()
 
     def close_fds(self) -> None:
         """Close what the parent opened for the telling."""
@@ -198,7 +213,11 @@ class Story:
         finally:
             if self.process.terminal:
                 os.close(stdio[0])
-        self.on_pid(self.remote.pid)
+
+    def rehearse(self, remote: Remote) -> None:
+        """Instead of `be_born`: tell it all to `remote`, which only listens (see `boxship.runtime.rehearsal`)."""
+        self.at_once = ~0
+        self._remote = remote
 
     def _stdio(self) -> list[int]:
         if self.process.terminal:
@@ -346,7 +365,6 @@ class Story:
         before = self.remote.pid
         self.perform()
         self.remote.pid = int.from_bytes(self.remote.data(pid, 4), "little")
-        self.on_pid(self.remote.pid)
         self.context.parent.wait(before)
         self._not_dumpable()
         # A terminal has to be taken by the leader of a session, which the child of one is not.
@@ -520,19 +538,22 @@ class Story:
         p = self.p
         none = Label()
         fd = p.new()
-        self._passwd = p.place(bytes(_PASSWD_LIMIT))
+        passwd = p.place(bytes(_PASSWD_LIMIT))
         # An image's link through /proc/self/fd would lead along our descriptor of the host's procfs, to files of the host.
         how = mounts.open_how(os.O_RDONLY | os.O_NONBLOCK | m.O_NOCTTY, 0, m.RESOLVE_NO_MAGICLINKS)
         p.call(sc.OPENAT2, m.AT_FDCWD, "/etc/passwd", how, 24, dst=fd, on_err=none)
         index = p.call(sc.READ, fd, 0, _PASSWD_LIMIT - 1, on_err=NEXT)
-        p.point(index, 1, self._passwd)
+        p.point(index, 1, passwd)
         self.fs.close(fd)
         p.mark(none)
 
-    _passwd = -1
+        def learn() -> None:
+            self._passwd = self.remote.data(passwd, _PASSWD_LIMIT).split(b"\0", 1)[0]
+
+        self._to_learn.append(learn)
 
     def complete_environment(self) -> None:
-        """The last of each name wins, and HOME is there. Call it when what `look_up_home` told is done."""
+        """The last of each name wins, and HOME is there."""
         seen: dict[str, str] = {}
         for entry in reversed(self.env):
             key, equals, _ = entry.partition("=")
@@ -548,10 +569,9 @@ class Story:
         self.env = list(reversed(seen.values()))
 
     def _home(self) -> str:
-        if self._passwd < 0:
-            return "/"
+        self.done()  # what `look_up_home` told
         uid = str(self.process.user.uid or 0) if self.process.user else "0"
-        for line in self.remote.data(self._passwd, _PASSWD_LIMIT).split(b"\0", 1)[0].split(b"\n"):
+        for line in self._passwd.split(b"\n"):
             fields = line.split(b":")
             if len(fields) > 5 and fields[2].decode("ascii", "replace") == uid:
                 return os.fsdecode(fields[5])
@@ -827,12 +847,12 @@ class Story:
     def keep_fifo(self) -> None:
         """Take exec.fifo along; only init knows under which number."""
         if self.exec_fifo >= 0:
-            self._fifo_index = self._keep(self.send(self.exec_fifo), self.p.keep())
+            index = self._keep(self.send(self.exec_fifo), self.p.keep())
 
-    def learn_fifo(self) -> None:
-        """Call it when the program of `keep_fifo` is done."""
-        if self.exec_fifo >= 0:
-            self._fifo_number = self.remote.result(self._fifo_index)
+            def learn() -> None:
+                self._fifo_number = self.remote.result(index)
+
+            self._to_learn.append(learn)
 
     def execute(self, path: Reg) -> None:
         """Become the user's program."""

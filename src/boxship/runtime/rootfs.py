@@ -538,18 +538,21 @@ class Rootfs:
         self.set_attributes(cover, what="read-only", attr_set=m.MOUNT_ATTR_RDONLY)
         clone = m.OPEN_TREE_CLONE | m.OPEN_TREE_CLOEXEC | m.AT_EMPTY_PATH
         onto = m.MOVE_MOUNT_F_EMPTY_PATH | m.MOVE_MOUNT_T_EMPTY_PATH
+        # Before Linux 6.15 a detached mount cannot be copied: then each mask is a file system of its own.
+        shared = mounts.kernel_version() >= (6, 15)
         for path in dict.fromkeys(inside(path) for path in paths):
             p.context = f'can\'t mask path "/{path}": '
             done, plain, put = Label(), Label(), Label()
             how = mounts.open_how(m.O_PATH | m.O_DIRECTORY, 0, _RESOLVE)
             p.call(sc.OPENAT2, self.root, path or ".", how, 24, dst=target, on_err=plain)
-            p.call(sc.OPEN_TREE, cover, "", clone, dst=copy, on_ok=put, on_err=NEXT)
-            # Before Linux 6.15 a detached mount cannot be copied: then each mask is a file system of its own.
-            own = self.new_filesystem("tmpfs", "tmpfs", options)
-            self.set_attributes(own, what="read-only", attr_set=m.MOUNT_ATTR_RDONLY)
-            p.call(sc.FCNTL, own, 1030, 3, dst=copy, what="dup")
-            self.close(own)
-            p.jump(put)
+            if shared:
+                p.call(sc.OPEN_TREE, cover, "", clone, dst=copy, what="copy mask", on_ok=put)
+            else:
+                own = self.new_filesystem("tmpfs", "tmpfs", options)
+                self.set_attributes(own, what="read-only", attr_set=m.MOUNT_ATTR_RDONLY)
+                p.call(sc.FCNTL, own, 1030, 3, dst=copy, what="dup")
+                self.close(own)
+                p.jump(put)
             p.mark(plain)
             # Not a directory, or not there: only the second open tells.
             p.call(sc.OPENAT2, self.root, path, mounts.open_how(m.O_PATH, 0, _RESOLVE), 24, dst=target, on_err=done)

@@ -136,15 +136,18 @@ class Container:
             linux = self.spec().linux
             return linux is not None and any(ns.type == "pid" for ns in linux.namespaces)
 
-    def save(self) -> None:
-        """Write state.json."""
-        record = {
+    def record(self) -> dict[str, object]:
+        """What state.json says."""
+        return {
             "ociVersion": self.oci_version, "id": self.id, "pid": self.pid, "pidStart": self.pid_start,
             "bundle": self.bundle, "rootfs": self.rootfs, "created": self.created, "owner": self.owner,
             "annotations": self.annotations, "cgroup": self.cgroup, "namespaces": self.namespaces,
             "creating": self.creating, "rootless": self.rootless, "noPivot": self.no_pivot,
         }
-        write_atomic("state.json", text.dumps(record).encode(), dir_fd=self.fd)
+
+    def save(self) -> None:
+        """Write state.json."""
+        write_atomic("state.json", text.dumps(self.record()).encode(), dir_fd=self.fd)
 
     def load(self) -> None:
         """Read state.json; a folder without one belonged to a create that was killed at its very start."""

@@ -29,12 +29,15 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from boxship.runtime.rehearsal import Rehearsal
+
 IDLE_S = 300.0
 WORKERS = 3
 _WORD = Struct("=iiii")
 _VERSION = 1
 _PR_SET_PDEATHSIG = 1
 _REFILL_S = 0.03
+_REHEARSALS = 30
 _SPAWN, _WAIT, _FDS, _ATTEND, _EXIT = 1, 2, 3, 4, 5
 _REPLY, _WINDOW, _ENDED = 0, 1, 2
 _FIELDS = (b"\nUid:", b"\nGid:", b"\nCapEff:", b"\nCapBnd:", b"\nNoNewPrivs:", b"\nSeccomp:")
@@ -82,14 +85,21 @@ class Caller:
         ours, theirs, memory = remote.channel()
         try:
             self.ask(_SPAWN, clone_flags, int(cgroup >= 0), [exe, *stdio, theirs, memory, *([cgroup] if cgroup >= 0 else [])])
-        finally:
-            os.close(theirs)
-        _, pid, _, _ = self.answer()
-        if pid < 0:
+        except BaseException:
             os.close(ours)
             os.close(memory)
-            raise OSError(-pid, os.strerror(-pid), f"clone {name}")
-        return remote.Remote(pid, ours, memory)
+            raise
+        finally:
+            os.close(theirs)
+
+        def promise() -> int:
+            # The caller clones while we think about what to tell its child.
+            _, pid, _, _ = self.answer()
+            if pid < 0:
+                raise OSError(-pid, os.strerror(-pid), f"clone {name}")
+            return pid
+
+        return remote.Remote(promise, ours, memory)
 
     def wait(self, pid: int) -> int:
         """See `Parent`."""
@@ -173,20 +183,20 @@ def serve(path: str) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return
-    _warm_up()
+    rehearsal = _warm_up()
     listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0)
     if os.path.lexists(path):
         os.unlink(path)
     listener.bind(path)
     listener.listen(128)
     try:
-        _keep_workers(listener)
+        _keep_workers(listener, rehearsal)
     finally:
         os.unlink(path)
         os.unlink(path + ".lock")
 
 
-def _warm_up() -> None:
+def _warm_up() -> Rehearsal:
     """Import and prepare what commands need, then freeze the heap: pages stay shared with the workers."""
     import fcntl  # noqa: F401
     import gc
@@ -205,14 +215,19 @@ def _warm_up() -> None:
     from boxship.linux import capabilities
     from boxship.linux.cgroups import arrangement
     from boxship.runtime.executor import executor
+    from boxship.runtime.rehearsal import Rehearsal
 
     executor()
     capabilities.last_cap()
     arrangement.prepare()
+    rehearsal = Rehearsal()
+    for _ in range(_REHEARSALS):
+        rehearsal.perform()
     _remember_files()
     gc.collect()
     gc.freeze()
     gc.disable()
+    return rehearsal
 
 
 _files: list[tuple[str, int, int]] = []
@@ -240,7 +255,7 @@ def _stale() -> bool:
     return False
 
 
-def _keep_workers(listener: _socket.socket) -> None:
+def _keep_workers(listener: _socket.socket, rehearsal: Rehearsal) -> None:
     """Fork workers as they are taken, reap them, and end when idle or stale."""
     taken, tell = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     waiting: set[int] = set()
@@ -250,11 +265,11 @@ def _keep_workers(listener: _socket.socket) -> None:
     poll.register(taken, select.POLLIN)
     while True:
         if not waiting:
-            waiting.add(_fork_worker(listener, tell))
+            waiting.add(_fork_worker(listener, tell, rehearsal))
         short = len(waiting) < WORKERS
         # Not at once, which would take a processor from the command that has just begun.
         if short and not poll.poll(_REFILL_S * 1000):
-            waiting.add(_fork_worker(listener, tell))
+            waiting.add(_fork_worker(listener, tell, rehearsal))
             continue
         if not short:
             poll.poll(1000 if busy else 10000)
@@ -284,13 +299,14 @@ def _keep_workers(listener: _socket.socket) -> None:
             return
 
 
-def _fork_worker(listener: _socket.socket, tell: int) -> int:
+def _fork_worker(listener: _socket.socket, tell: int, rehearsal: Rehearsal) -> int:
     pid = os.fork()
     if pid:
         return pid
     # The worker: whatever happens, it ends here and never goes on as a second server.
     code = 1
     try:
+        rehearsal.perform()
         code = _work(listener, tell)
     finally:
         os._exit(code)

@@ -169,6 +169,10 @@ class Cgroup:
             return -1
         return os.open(self.v2_path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
+    def birthplace(self) -> int:
+        """As `clone_fd`, but before `create`, which goes on while the process is being cloned; -1 where limits come first."""
+        return -1
+
     def add(self, pid: int) -> None:
         """Move a process into the group: slower than its own write to `join_fds`, which systemd's scopes rule out."""
         raise NotImplementedError

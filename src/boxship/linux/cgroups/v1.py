@@ -130,6 +130,17 @@ class V1Group(Cgroup):
                 raise explain(failed)
         self.v2_path = self.paths.get(UNIFIED, "")
 
+    def birthplace(self) -> int:
+        """See `Cgroup`. The v2 hierarchy has no controllers here, and so no limits."""
+        directory = self.paths.get(UNIFIED, "")
+        if not directory:
+            return -1
+        try:
+            self._make(directory)
+            return os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return -1  # `create` decides whether that is forgiven
+
     def _make(self, directory: str) -> bool:
         """Make a directory, with those on the way; False when it is there already."""
         try:
