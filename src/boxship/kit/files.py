@@ -15,6 +15,16 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
+def write_new(path: str, data: bytes, mode: int = 0o600, dir_fd: int | None = None) -> None:
+    """Write a file that is not there yet. Raises OSError, FileExistsError."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(path, flags, mode, dir_fd=dir_fd)
+    try:
+        write_all(fd, data)
+    finally:
+        os.close(fd)
+
+
 def write_atomic(path: str, data: bytes, mode: int = 0o600, dir_fd: int | None = None) -> None:
     """Replace `path` by `data`: a temporary file beside it, then rename(2).
 
@@ -22,18 +32,13 @@ def write_atomic(path: str, data: bytes, mode: int = 0o600, dir_fd: int | None =
     this protects from. Raises OSError and leaves no temporary file behind.
     """
     temporary = f"{path}.{os.getpid()}.tmp"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    try:
-        fd = os.open(temporary, flags, mode, dir_fd=dir_fd)
-    except FileExistsError:
-        # Left by a process of the same number that was killed.
-        os.unlink(temporary, dir_fd=dir_fd)
-        fd = os.open(temporary, flags, mode, dir_fd=dir_fd)
     try:
         try:
-            write_all(fd, data)
-        finally:
-            os.close(fd)
+            write_new(temporary, data, mode, dir_fd)
+        except FileExistsError:
+            # Left by a process of the same number that was killed.
+            os.unlink(temporary, dir_fd=dir_fd)
+            write_new(temporary, data, mode, dir_fd)
         os.rename(temporary, path, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
     except BaseException:
         os.unlink(temporary, dir_fd=dir_fd)

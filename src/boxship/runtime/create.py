@@ -16,7 +16,7 @@ import time
 from boxship.abi.namespace import FILES
 from boxship.kit import failpoint
 from boxship.kit.errors import BoxshipError, InvalidArgument
-from boxship.kit.files import read_all, write_all, write_atomic
+from boxship.kit.files import read_all, write_all, write_atomic, write_new
 from boxship.linux import namespaces
 from boxship.linux.cgroups import Cgroup
 from boxship.linux.remote import RemoteError, RemoteGone
@@ -108,18 +108,28 @@ class Creation:
         story = self.story
         assert story is not None
         process = story.process
-        self._make_cgroup(story)
-        failpoint.hit("create.cgroup")
         story.executor = executor()
         if waits:
             self._make_fifo(story)
-        story.be_born(story.executor)
+        cgroup = self.cgroup
+        self.made_cgroup = cgroup is not None
+        if cgroup is not None:
+            story.born_in = cgroup.birthplace()
+        if story.born_in >= 0:
+            # Init is cloned while its other groups are made.
+            story.be_born(story.executor)
+            self._make_cgroup(story)
+        else:
+            self._make_cgroup(story)
+            story.be_born(story.executor)
+        failpoint.hit("create.cgroup")
         context.debug("nsexec container setup")
-        failpoint.hit("create.born")
-        if self.cgroup is not None and self.cgroup.needs_pid:
-            self.cgroup.add(story.remote.pid)
+        if cgroup is not None and cgroup.needs_pid:
+            # systemd makes the scope around a process that is there.
+            cgroup.add(story.remote.pid)
             if not story.forks:
-                self.cgroup.apply(self.limits)
+                cgroup.apply(self.limits)
+        failpoint.hit("create.born")
         story.enter()
         if self.cgroup is not None and story.forks:
             # Not before init's own fork: a limit of one process is for the user's. And not while init is at work:
@@ -171,14 +181,14 @@ class Creation:
 
         nodes = [device.path for device in linux.devices] if linux else []
         self.limits = limits_of(linux.resources if linux else None, node_paths=nodes)
-        self.made_cgroup = True
         cgroup.create(self.limits)
-        # systemd makes the scope around a process instead: see `tell`.
-        if not cgroup.needs_pid:
-            if not story.forks:
-                cgroup.apply(self.limits)
+        if cgroup.needs_pid:
+            return
+        if not story.forks:
+            cgroup.apply(self.limits)
+        if story.born_in < 0:
             story.born_in = cgroup.clone_fd()
-            story.join_cgroups = cgroup.join_fds(unified=False)
+        story.join_cgroups = cgroup.join_fds(unified=False)
 
     def _make_fifo(self, story: Story) -> None:
         path = f"{self.container.path}/exec.fifo"
@@ -294,7 +304,7 @@ def prepare(
         container.cgroup = creation.cgroup.encode() if creation.cgroup else {}
         container.save()
         failpoint.hit("create.record")
-        write_atomic("config.json", data, dir_fd=container.fd)
+        write_new("config.json", data, dir_fd=container.fd)
         failpoint.hit("create.config")
         notify.prepare(context, container, spec)
         creation.story = plan(context, container, spec, options, rootfs, bundle, creation.cgroup)

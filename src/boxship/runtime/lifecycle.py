@@ -26,6 +26,7 @@ __all__ = ["create", "delete", "kill", "list_containers", "pause", "processes", 
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from boxship.oci.config import Spec
     from boxship.runtime.context import Context
 
 _DELETE_TIMEOUT_S = 10.0
@@ -61,21 +62,13 @@ def run(
         return 0
     # Others may pause, exec and kill while we wait.
     container.unlock()
-    try:
-        status = context.parent.attend(container.pid, made.terminal)
-    finally:
-        if not keep:
-            _remove(context, container_id)
-    return status
-
-
-def _remove(context: Context, container_id: str) -> None:
-    try:
-        container = open_container(context, container_id, lock=True)
-    except state.DoesNotExist:
-        return  # deleted by another command
     with container:
-        _destroy(container)
+        try:
+            status = context.parent.attend(container.pid, made.terminal)
+        finally:
+            if not keep and container.lock():
+                _destroy(container, made.spec)
+    return status
 
 
 def start(context: Context, container_id: str) -> None:
@@ -224,8 +217,11 @@ def _kill_init(container: Container) -> None:
             os.close(handle)
 
 
-def _destroy(container: Container) -> None:
-    """Cgroup, poststop hooks, folder, in this order: the folder is what a later delete finds the rest by."""
+def _destroy(container: Container, spec: Spec | None = None) -> None:
+    """Cgroup, poststop hooks, folder, in this order: the folder is what a later delete finds the rest by.
+
+    `spec`: the configuration, where the caller has it.
+    """
     failpoint.hit("delete.begin")
     cgroup = container.control_group()
     if cgroup is not None:
@@ -234,7 +230,7 @@ def _destroy(container: Container) -> None:
         cgroup.delete()
     failpoint.hit("delete.cgroup")
     try:
-        spec = container.spec()
+        spec = spec or container.spec()
     except (FileNotFoundError, BoxshipError):
         spec = None  # a create that was killed before it had written the configuration: no hooks ran either
     if spec is not None:

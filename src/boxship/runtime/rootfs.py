@@ -408,9 +408,12 @@ class Rootfs:
         plain = mounts.parse_options(["nosuid", "noexec", "nodev", "mode=755"])
         plain.propagation = options.propagation
         self._other(path, "tmpfs", "tmpfs", plain)
+        folder = self.open(path, m.O_PATH | m.O_DIRECTORY, "open mountpoint")
+        inner = mounts.open_how(m.O_PATH | m.O_DIRECTORY | m.O_NOFOLLOW, 0, m.RESOLVE_BENEATH | m.RESOLVE_NO_SYMLINKS)
         for name, data, directory in hierarchies:
             target = p.new()
-            self.make_directories(f"{path}/{name}", "create mountpoint", target)
+            p.call(sc.MKDIRAT, folder, name, 0o755, what="create mountpoint")
+            p.call(sc.OPENAT2, folder, name, inner, 24, dst=target, what="create mountpoint")
             if own_ns:
                 entry = mounts.parse_options(["nosuid", "noexec", "nodev", data])
                 entry.flags |= options.flags & m.MS_RDONLY
@@ -424,10 +427,9 @@ class Rootfs:
                 self._bind_flags(mounted, options)
             self.attach(mounted, target, entry)
             if "," in name:
-                folder = self.open(path, m.O_PATH | m.O_DIRECTORY, "open mountpoint")
                 for alias in name.split(","):
                     p.call(sc.SYMLINKAT, name, folder, alias, what=f"link {alias}", on_err=NEXT)
-                self.close(folder)
+        self.close(folder)
         if options.flags & m.MS_RDONLY:
             self.read_only(mount.destination)
         p.context = ""

@@ -122,6 +122,11 @@ class Container:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def lock(self) -> bool:
+        """Keep others from changing it again; False when one has deleted it meanwhile."""
+        _lock(self.fd)
+        return os.fstat(self.fd).st_nlink > 0
+
     def unlock(self) -> None:
         """Let other commands change the container again."""
         import fcntl
