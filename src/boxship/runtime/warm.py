@@ -38,6 +38,7 @@ _VERSION = 1
 _PR_SET_PDEATHSIG = 1
 _REFILL_S = 0.03
 _REHEARSALS = 30
+_IN_CHANGES = 0x8 | 0x40 | 0x80 | 0x200  # IN_CLOSE_WRITE, IN_MOVED_FROM, IN_MOVED_TO, IN_DELETE
 _SPAWN, _WAIT, _FDS, _ATTEND, _EXIT = 1, 2, 3, 4, 5
 _REPLY, _WINDOW, _ENDED = 0, 1, 2
 _FIELDS = (b"\nUid:", b"\nGid:", b"\nCapEff:", b"\nCapBnd:", b"\nNoNewPrivs:", b"\nSeccomp:")
@@ -223,36 +224,32 @@ def _warm_up() -> Rehearsal:
     rehearsal = Rehearsal()
     for _ in range(_REHEARSALS):
         rehearsal.perform()
-    _remember_files()
+    _watch_files()
     gc.collect()
     gc.freeze()
     gc.disable()
     return rehearsal
 
 
-_files: list[tuple[str, int, int]] = []
+_changes: select.poll | None = None
 
 
-def _remember_files() -> None:
+def _watch_files() -> None:
+    """Have the kernel tell when a file of the package is written, replaced or removed: an upgrade, or an edit."""
+    global _changes
     import sys
 
-    for module in list(sys.modules.values()):
-        path = getattr(module, "__file__", None)
-        if path and module.__name__.startswith("boxship"):
-            info = os.stat(path)
-            _files.append((path, info.st_mtime_ns, info.st_ino))
+    fd = _sys.syscall(syscalls.INOTIFY_INIT1, os.O_CLOEXEC | os.O_NONBLOCK)
+    files = [getattr(module, "__file__", None) for name, module in sys.modules.items() if name.startswith("boxship")]
+    for folder in {os.path.dirname(path) for path in files if path}:
+        _sys.syscall(syscalls.INOTIFY_ADD_WATCH, fd, os.fsencode(folder) + b"\0", _IN_CHANGES)
+    _changes = select.poll()
+    _changes.register(fd, select.POLLIN)
 
 
 def _stale() -> bool:
-    """Whether the package was upgraded or edited since."""
-    try:
-        for path, mtime, inode in _files:
-            info = os.stat(path)
-            if info.st_mtime_ns != mtime or info.st_ino != inode:
-                return True
-    except OSError:
-        return True
-    return False
+    """Whether the package was upgraded or edited since. Nobody reads the event, so that every worker sees it."""
+    return _changes is not None and bool(_changes.poll(0))
 
 
 def _keep_workers(listener: _socket.socket, rehearsal: Rehearsal) -> None:
@@ -317,6 +314,7 @@ def _work(listener: _socket.socket, tell: int) -> int:
 
     # Woken when a mount of ours comes or goes: the hierarchies may be others then.
     mounts = os.open("/proc/self/mounts", os.O_RDONLY | os.O_CLOEXEC)
+    identity = _identity("self")
     _die_with_server(True)
     # Blocking: the kernel wakes one waiting worker for a caller, not all.
     fd, _ = listener._accept()  # type: ignore[attr-defined]
@@ -330,7 +328,7 @@ def _work(listener: _socket.socket, tell: int) -> int:
     changed.register(mounts, select.POLLPRI)
     if changed.poll(0):
         arrangement.forget()
-    return _serve_one(conn)
+    return _serve_one(conn, identity)
 
 
 def _die_with_server(yes: bool) -> None:
@@ -353,12 +351,12 @@ def _identity(pid: int | str) -> list[object]:
     return found
 
 
-def _serve_one(conn: _socket.socket) -> int:
+def _serve_one(conn: _socket.socket, identity: list[object]) -> int:
     from boxship.runtime.command.main import Invocation
 
     credentials = conn.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
     pid = int.from_bytes(credentials[:4], "little")
-    if _identity(pid) != _identity("self"):
+    if _identity(pid) != identity:
         return 0  # it does the work itself, with what it may
     data, ancillary, _, _ = conn.recvmsg(_WORD.size, _socket.CMSG_SPACE(4 * 5), _socket.MSG_CMSG_CLOEXEC)
     fds = [int.from_bytes(part[i : i + 4], "little") for _, _, part in ancillary for i in range(0, len(part), 4)]
