@@ -23,7 +23,7 @@ print(*sorted(set(sys.modules) - before))
 
 
 def modules() -> list[str]:
-    files = [path for name in THIN for path in sorted((SRC / "boxship" / name).rglob("*.py"))]
+    files = [path for name in THIN for path in sorted((SRC / "boxship" / name).rglob("*.py")) if path.name != "__main__.py"]
     return [".".join(path.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__") for path in files]
 
 
