@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 NATIVE := $(wildcard src/native/*.c src/native/*.h)
-TESTS := $(wildcard tests/unit tests/integration tests/security tests/fault tests/interop)
+TESTS := $(wildcard tests/unit tests/integration tests/security tests/fault tests/interop tests/guest)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
