@@ -299,8 +299,12 @@ def prepare(
         creation = Creation(context, container, spec, options)
         creation.cgroup = None if context.no_cgroups else Cgroup.plan(
             (linux.cgroups_path if linux else "") or "", container_id, systemd=context.systemd_cgroup, rootless=context.rootless,
-            caller=context.parent.pid,
+            caller=context.parent.pid, environ=context.environ,
         )
+        if creation.cgroup is not None and creation.cgroup.driver == "systemd":
+            from boxship.linux.cgroups.systemd import annotated_properties
+
+            creation.cgroup.properties = annotated_properties(spec.annotations)
         container.cgroup = creation.cgroup.encode() if creation.cgroup else {}
         container.save()
         failpoint.hit("create.record")

@@ -182,7 +182,9 @@ class Container:
             return None
         from boxship.linux.cgroups import Cgroup
 
-        return Cgroup.decode(self.cgroup)
+        group = Cgroup.decode(self.cgroup)
+        group.environ = self.context.environ
+        return group
 
     def alive(self) -> bool:
         """Whether init, that very process and not a later one of its number, is there and no zombie."""
