@@ -17,7 +17,7 @@ from boxship.kit import failpoint
 from boxship.kit.errors import BoxshipError, FailedPrecondition
 from boxship.kit.files import read_all
 from boxship.oci import text
-from boxship.runtime import hooks, state
+from boxship.runtime import hooks, notify, state
 from boxship.runtime.create import EXEC_FAILED, check_terminal, create, explain, let_go, prepare, unmount
 from boxship.runtime.options import CreateOptions
 from boxship.runtime.state import Container, NotRunning, open_container
@@ -45,6 +45,7 @@ def run(
     made = prepare(context, container_id, bundle, options, spec)
     try:
         check_terminal(made.spec, options, detach=detach)
+        ready = notify.listen(context, made.container)
         made.tell(waits=False)
         story = made.story
         assert story is not None
@@ -59,7 +60,11 @@ def run(
     container = made.container
     if detach:
         container.close()
+        if ready is not None:
+            notify.forward_or_warn(context, ready, container.pid, container.pid)
         return 0
+    if ready is not None:
+        notify.forward_beside(context, ready, container.pid)
     # Others may pause, exec and kill while we wait.
     container.unlock()
     with container:
@@ -85,12 +90,16 @@ def start(context: Context, container_id: str) -> None:
         if spec.process is None:
             # The spec wants an error generated; crun and the validation programs want the container to end all the same.
             context.log("error", "process property must not be empty: there is nothing to start, the container ends")
+        ready = notify.listen(context, container)
         _let_go(container)
         try:
             _poststart(container, spec.hooks)
         except BoxshipError:
             _kill_init(container)
             raise
+    if ready is not None:
+        # Not under the lock: it may take the container minutes to be ready.
+        notify.forward(context, ready, container.pid, container.pid)
 
 
 def _let_go(container: Container) -> None:

@@ -44,12 +44,11 @@ def prepare(context: Context, container: Container, spec: Spec) -> None:
 
     os.mkdir(FOLDER, dir_fd=container.fd)
     os.chmod(FOLDER, 0o755, dir_fd=container.fd)
-    mount = Mount()
-    mount.destination, mount.source = IN_CONTAINER, f"{container.path}/{FOLDER}"
-    mount.options = ["bind", "nosuid", "noexec", "nodev", "ro"]
+    options = ["bind", "nosuid", "noexec", "nodev", "ro"]
+    mount = Mount(destination=IN_CONTAINER, source=f"{container.path}/{FOLDER}", options=options)
     spec.mounts = [*spec.mounts, mount]
-    assert spec.process is not None
-    spec.process.env = [*spec.process.env, f"NOTIFY_SOCKET={IN_CONTAINER}/{_SOCKET}"]
+    if spec.process is not None:
+        spec.process.env = [*spec.process.env, f"NOTIFY_SOCKET={IN_CONTAINER}/{_SOCKET}"]
 
 
 def listen(context: Context, container: Container) -> _socket.socket | None:
@@ -92,18 +91,20 @@ def forward(context: Context, sock: _socket.socket, pid: int, main_pid: int) -> 
         sock.close()
 
 
+def forward_or_warn(context: Context, sock: _socket.socket, pid: int, main_pid: int) -> None:
+    """`forward`, where a manager that cannot be told is no reason for the command to fail."""
+    try:
+        forward(context, sock, pid, main_pid)
+    except BoxshipError as error:
+        context.warn(str(error))
+
+
 def forward_beside(context: Context, sock: _socket.socket, pid: int) -> None:
-    """`forward` in a thread, while the command itself waits for the container; nobody is there for its errors but the log."""
+    """`forward` in a thread, while the command itself waits for the container."""
     import _thread
 
-    def run() -> None:
-        try:
-            # The manager goes on watching the runtime, which ends when the container does.
-            forward(context, sock, pid, context.parent.pid)
-        except BoxshipError as error:
-            context.warn(str(error))
-
-    _thread.start_new_thread(run, ())
+    # The manager goes on watching the runtime, which ends when the container does.
+    _thread.start_new_thread(forward_or_warn, (context, sock, pid, context.parent.pid))
 
 
 def _wait(sock: _socket.socket, pid: int) -> bytes:

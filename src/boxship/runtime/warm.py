@@ -150,6 +150,8 @@ def launch(path: str) -> None:
     """Start a server on the socket `path` in the background, detached from the caller in every way, and return at once."""
     import sys
 
+    if _has_server(path):
+        return
     pid = os.fork()
     if pid:
         os.waitpid(pid, 0)
@@ -169,6 +171,22 @@ def launch(path: str) -> None:
         os.execve(sys.executable, [sys.executable, "-I", "-m", "boxship.runtime.warm", path], environment)
     finally:
         os._exit(127)
+
+
+def _has_server(path: str) -> bool:
+    import fcntl
+
+    try:
+        lock = os.open(path + ".lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
 
 
 def serve(path: str) -> None:
@@ -371,6 +389,10 @@ def _serve_one(conn: _socket.socket, identity: list[object]) -> int:
     os.close(strings)
     argv = [os.fsdecode(part) for part in text[:argc]]
     environ = dict(part.split("=", 1) for part in map(os.fsdecode, text[argc : argc + envc]) if "=" in part)
+    if "restore" in argv or "NOTIFY_SOCKET" in environ:
+        # To be done by the caller's own kin: CRIU makes the container's init its own child, and a service manager knows
+        # its services by the pid and the cgroup that a message comes from.
+        return 0
     os.umask(umask)
     os.fchdir(folder)
     os.close(folder)
