@@ -182,6 +182,7 @@ def canary() -> Iterator[str]:
 # bound devices for files, and grep reads the devices to no end.
 SEARCH = r"""
 secret=$(cat)
+test -n "$secret" || exit 9
 elsewhere="-path /usr -prune -o -path /proc -prune -o -path /sys -prune -o -path /dev -prune -o"
 find / /usr/local/etc $elsewhere -name '*boxship-canary*' -print 2>/dev/null
 find / $elsewhere -type s -print 2>/dev/null
