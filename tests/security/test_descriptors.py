@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from support.machine import Bundle, Machine, compile_c
 
 LIST = r"""

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.machine import Bundle, Machine, compile_c
 
 import boxship
+from support.machine import Bundle, Machine, compile_c
 
 SEALED = "/memfd:boxrun-init (deleted)"
 

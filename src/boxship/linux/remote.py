@@ -259,6 +259,11 @@ class Program:
         """Fail with errno `error` unless the 32 bits at `offset`, masked, equal (or `differs`: do not equal) `value`."""
         self.point(self.call(_EXPECT, 0, mask, value, int(differs), error, what=what, on_err=on_err), 0, offset)
 
+    def if_failed(self, index: int, error: int, then: Label) -> None:
+        """Go on at `then` when operation `index` failed with errno `error`, with the next operation otherwise."""
+        result = BASE + index * _OP_SIZE + _RESULT_OFFSET
+        self.call(_EXPECT, result, 0xFFFFFFFF, -error & 0xFFFFFFFF, 0, error, on_err=NEXT, on_ok=then)
+
     def fail(self, error: int, what: str) -> None:
         """Stop here with an error: where the branches that found nothing come together."""
         self.expect(self.place(bytes(4)), 1, error=error, what=what)

@@ -354,10 +354,18 @@ def dotted_sysctl(name: str) -> str:
     return name
 
 
+def sysctl_path(name: str) -> str:
+    """The file below /proc/sys for a key in either notation."""
+    return dotted_sysctl(name).translate({46: "/", 47: "."})
+
+
 def _sysctl(linux: Linux, namespaces: dict[str, str], is_host_netns: Callable[[str], bool] | None) -> None:
     host_net: bool | None = None
     for key in linux.sysctl:
         name = dotted_sysctl(key)
+        if not {"", ".", ".."}.isdisjoint(sysctl_path(key).split("/")):
+            # net/../kernel/core_pattern begins as if it were the network namespace's.
+            raise InvalidArgument(f"sysctl {_quote(key)} is not in a separate kernel namespace")
         if name in _IPC_SYSCTLS or name.startswith("fs.mqueue."):
             if "ipc" not in namespaces:
                 raise InvalidArgument(f"sysctl {_quote(name)} is not allowed in the hosts ipc namespace")

@@ -393,7 +393,9 @@ class Story:
         p = self.p
         linux = self.spec.linux
         propagation = 0
-        if linux and linux.rootfs_propagation:
+        if linux and linux.rootfs_propagation.endswith("unbindable"):
+            propagation = m.MS_PRIVATE | m.MS_REC  # of the root alone, and at the end: until then we bind from the host's tree
+        elif linux and linux.rootfs_propagation:
             propagation = mounts.PROPAGATION.get("r" + linux.rootfs_propagation.removeprefix("r"), 0)
         p.call(sc.OPENAT, m.AT_FDCWD, "/dev/null", m.O_PATH | m.O_CLOEXEC, dst=self.null, what="open /dev/null")
         if "mount" in self.new:
@@ -517,7 +519,9 @@ class Story:
         if mount:
             dev, node, bound = p.new(), p.new(), p.new()
             self.fs.make_directories("dev", "open /dev", dev)
-            how = mounts.open_how(os.O_CREAT | m.O_NOFOLLOW, 0o666, m.RESOLVE_BENEATH | m.RESOLVE_NO_SYMLINKS)
+            # O_NONBLOCK: an image may have a FIFO there.
+            flags = os.O_CREAT | m.O_NOFOLLOW | m.O_NOCTTY | os.O_NONBLOCK
+            how = mounts.open_how(flags, 0o666, m.RESOLVE_BENEATH | m.RESOLVE_NO_SYMLINKS)
             p.call(sc.OPENAT2, dev, "console", how, 24, dst=node, what="create /dev/console")
             clone = m.OPEN_TREE_CLONE | m.OPEN_TREE_CLOEXEC | m.AT_EMPTY_PATH
             p.call(sc.OPEN_TREE, slave, "", clone, dst=bound, what="bind /dev/console")
@@ -594,12 +598,12 @@ class Story:
             name = self.spec.domainname.encode()
             p.call(sc.SETDOMAINNAME, name, len(name), what="setdomainname")
         if self.spec.linux:
+            from boxship.oci.validate import sysctl_path
+
             for key, value in self.spec.linux.sysctl.items():
                 fd = p.new()
-                # A name with slashes keeps its dots (eth0.100); with dots it has them for slashes.
-                path = key if "/" in key else key.replace(".", "/")
                 how = mounts.open_how(os.O_WRONLY, 0, m.RESOLVE_BENEATH | m.RESOLVE_NO_SYMLINKS)
-                p.call(sc.OPENAT2, self.proc, "sys/" + path, how, 24, dst=fd, what=f"open sysctl {key} file")
+                p.call(sc.OPENAT2, self.proc, "sys/" + sysctl_path(key), how, 24, dst=fd, what=f"open sysctl {key} file")
                 data = value.encode()
                 p.call(sc.WRITE, fd, data, len(data), what=f"failed to write sysctl {key} value")
                 self.fs.close(fd)

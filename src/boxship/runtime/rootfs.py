@@ -106,6 +106,17 @@ class Rootfs:
         self.p.call(sc.OPENAT2, self.root, path or ".", how, len(how), dst=register, what=what, on_err=on_err)
         return register
 
+    def open_existing(self, path: str, dst: Reg, absent: Label) -> None:
+        """O_PATH of a container path; `absent` is jumped to when it is not there. Any other failure ends the start."""
+        p = self.p
+        opened = Label()
+        how = mounts.open_how(m.O_PATH, 0, _RESOLVE)
+        tried = p.call(sc.OPENAT2, self.root, path or ".", how, 24, dst=dst, on_ok=opened, on_err=NEXT)
+        for number in (errno.ENOENT, errno.ENOTDIR):
+            p.if_failed(tried, number, absent)
+        p.call(sc.OPENAT2, self.root, path or ".", how, 24, dst=dst, what="open")
+        p.mark(opened)
+
     def close(self, *registers: Reg) -> None:
         """close(2) each; descriptors of a long list of mounts must not pile up."""
         for register in registers:
@@ -220,9 +231,7 @@ class Rootfs:
         path = inside(mount.destination)
         fstype = "bind" if source else (mount.type or "")
         p.context = f'error mounting "{mount.source or ""}" to rootfs at "{mount.destination}": '
-        if not path:
-            raise BoxshipError(p.context + f'mountpoint "{mount.destination}" is on the top of rootfs')
-        self.guard_proc(path, fstype, source)
+        self.check_destination(mount.destination, fstype, source)
         if source is not None:
             self._bind(path, options, source)
         elif fstype in ("proc", "sysfs"):
@@ -234,15 +243,19 @@ class Rootfs:
             self._other(path, fstype, mount.source or fstype, options)
         p.context = ""
 
-    def guard_proc(self, path: str, fstype: str, source: Source | None) -> None:
-        """Refuse mounts over /proc and below it, but for procfs itself and the files that lxcfs emulates."""
+    def check_destination(self, destination: str, fstype: str, source: Source | None) -> None:
+        """Refuse mounts over the root, over /proc and below it, but for procfs itself and the files that lxcfs emulates."""
+        path = inside(destination)
+        if not path:
+            raise BoxshipError(f'{self.p.context}mountpoint "{destination}" is on the top of rootfs')
         if path == "proc":
             if fstype != "proc" and not (source and source.is_proc):
                 raise InvalidArgument(f'{self.p.context}"/proc" cannot be mounted because it is not of type proc')
         elif path.startswith("proc/") and path not in _PROC_EXCEPTIONS:
             raise InvalidArgument(f'{self.p.context}"/{path}" cannot be mounted because it is inside /proc')
 
-    def _not_in_proc(self, path: str, target: Reg) -> None:
+    def not_in_proc(self, path: str, target: Reg) -> None:
+        """Refuse a mount point inside /proc that the image's links led to."""
         # The text of the path says nothing where the image has symbolic links: ask the descriptor.
         if path in _PROC_EXCEPTIONS or path == "proc":
             return
@@ -306,7 +319,7 @@ class Rootfs:
         p = self.p
         if fstype != "tmpfs" or any(key == "mode" for key, _ in mounts.split_data(options.data)):
             target = self.target(path, "create mountpoint", is_dir=True)
-            self._not_in_proc(path, target)
+            self.not_in_proc(path, target)
             self.attach(self.new_filesystem(fstype, source, options), target, options)
             return
         # A tmpfs over a directory that was there has that directory's permissions.
@@ -324,7 +337,7 @@ class Rootfs:
         p = self.p
         p.context = context
         target = self.target(path, "create mountpoint", is_dir=True)
-        self._not_in_proc(path, target)
+        self.not_in_proc(path, target)
         if mode:
             options.data.insert(0, f"mode={mode:04o}")
         self.attach(self.new_filesystem(fstype, source, options), target, options)
@@ -347,7 +360,7 @@ class Rootfs:
         if source.received is not None:
             self.close(received(source.received))
         target = self.target(path, "create mountpoint", is_dir=source.is_dir)
-        self._not_in_proc(path, target)
+        self.not_in_proc(path, target)
         self._bind_flags(mounted, options)
         self.attach(mounted, target, options)
 
@@ -405,6 +418,7 @@ class Rootfs:
         p = self.p
         path = inside(mount.destination)
         p.context = f'error mounting "{mount.source or "cgroup"}" to rootfs at "{mount.destination}": '
+        self.check_destination(mount.destination, "cgroup", None)
         plain = mounts.parse_options(["nosuid", "noexec", "nodev", "mode=755"])
         plain.propagation = options.propagation
         self._other(path, "tmpfs", "tmpfs", plain)
@@ -439,7 +453,9 @@ class Rootfs:
         p = self.p
         path = inside(mount.destination)
         p.context = f'error mounting "{mount.source or "cgroup"}" to rootfs at "{mount.destination}": '
+        self.check_destination(mount.destination, "cgroup2", None)
         target = self.target(path, "create mountpoint", is_dir=True)
+        self.not_in_proc(path, target)
         context, mounted, done, refused = p.new(), p.new(), Label(), Label()
         p.call(sc.FSOPEN, "cgroup2", m.FSOPEN_CLOEXEC, dst=context, what="fsopen")
         p.call(sc.FSCONFIG, context, m.FSCONFIG_SET_STRING, "source", mount.source or "cgroup", 0, what="set source")
@@ -517,7 +533,8 @@ class Rootfs:
         source, target = p.new(), p.new()
         flags = m.OPEN_TREE_CLONE | m.OPEN_TREE_CLOEXEC
         p.call(sc.OPEN_TREE, m.AT_FDCWD, host, flags, dst=source, what=f"open device {host}")
-        how = mounts.open_how(os.O_CREAT | m.O_NOFOLLOW, 0o644, m.RESOLVE_BENEATH | m.RESOLVE_NO_SYMLINKS)
+        # O_NONBLOCK: an image may have a FIFO there.
+        how = mounts.open_how(os.O_CREAT | m.O_NOFOLLOW | os.O_NONBLOCK, 0o644, m.RESOLVE_BENEATH | m.RESOLVE_NO_SYMLINKS)
         p.call(sc.OPENAT2, folder, name, how, 24, dst=target, what=f"create device inode {host}")
         p.call(
             sc.MOVE_MOUNT, source, "", target, "", m.MOVE_MOUNT_F_EMPTY_PATH | m.MOVE_MOUNT_T_EMPTY_PATH,
@@ -557,7 +574,7 @@ class Rootfs:
                 p.jump(put)
             p.mark(plain)
             # Not a directory, or not there: only the second open tells.
-            p.call(sc.OPENAT2, self.root, path, mounts.open_how(m.O_PATH, 0, _RESOLVE), 24, dst=target, on_err=done)
+            self.open_existing(path, target, done)
             p.call(sc.OPEN_TREE, null, "", clone, dst=copy, what="copy mask")
             p.mark(put)
             p.call(sc.MOVE_MOUNT, copy, "", target, "", onto, what="move_mount")
@@ -575,7 +592,7 @@ class Rootfs:
         for path in dict.fromkeys(inside(path) for path in paths):
             p.context = f'can\'t make "/{path}" read-only: '
             done = Label()
-            self.open(path, m.O_PATH, "open", dst=target, on_err=done)
+            self.open_existing(path, target, done)
             p.call(sc.OPEN_TREE, target, "", clone, dst=copy, what="open_tree")
             self.set_attributes(copy, what="mount_setattr", attr_set=m.MOUNT_ATTR_RDONLY)
             p.call(sc.MOVE_MOUNT, copy, "", target, "", onto, what="move_mount")

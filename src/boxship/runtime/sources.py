@@ -135,8 +135,10 @@ def copy_up(story: Story, mount: Mount, options: mounts.Options) -> None:
     fs = story.fs
     path = inside(mount.destination)
     p.context = f'error mounting "{mount.source or ""}" to rootfs at "{mount.destination}": tmpcopyup: '
+    fs.check_destination(mount.destination, "tmpfs", None)
     target, mounted = p.keep(), p.keep()
     opened = fs.target(path, "create mountpoint", is_dir=True)
+    fs.not_in_proc(path, opened)
     p.call(sc.FCNTL, opened, 1030, 3, dst=target, what="dup")
     fs.close(opened)
     made = fs.new_filesystem("tmpfs", mount.source or "tmpfs", options)
@@ -149,6 +151,8 @@ def copy_up(story: Story, mount: Mount, options: mounts.Options) -> None:
     del story.remote.descriptors[-2:]
     try:
         _copy_directory(_reopen(source), _reopen(destination), own_mode=not any(o.startswith("mode=") for o in options.data))
+    except RecursionError:
+        raise BoxshipError(f"{p.context}failed to copy {mount.destination}: too many levels of directories") from None
     except OSError as error:
         raise BoxshipError(f"{p.context}failed to copy {mount.destination}: {error}") from error
     finally:
@@ -183,7 +187,7 @@ def _copy_entry(name: str, source: int, destination: int) -> None:
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         _copy_directory(os.open(name, flags, dir_fd=source), os.open(name, flags, dir_fd=destination))
     elif kind == stat.S_IFREG:
-        read = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=source)
+        read = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=source)
         write = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=destination)
         try:
             while os.copy_file_range(read, write, 1 << 24):
