@@ -196,7 +196,7 @@ int main(int argc, char **argv)
 {
 	int pid = atoi(argv[1]);
 	const char *files[] = {"exe", "mem", "environ", "maps", "root/", "cwd/", "fdinfo", "map_files", "auxv", "syscall",
-			       "ns/mnt", "pagemap", "stack", 0};
+		"ns/mnt", "pagemap", "stack", 0};
 	for (const char **file = files; *file; file++) {
 		char path[64];
 		snprintf(path, sizeof path, "/proc/%d/%s", pid, *file);

@@ -210,6 +210,11 @@ class Story:
         stdio = self._stdio()
         try:
             self._remote = self.context.parent.spawn(exe, "boxrun-init", stdio, self.at_once, self.born_in)
+        except OSError as error:
+            # The limits are there already, and the clone is on the container's account.
+            if error.errno == errno.ENOMEM and self.born_in >= 0:
+                raise BoxshipError("container init was OOM-killed (memory limit too low?)") from None
+            raise
         finally:
             if self.process.terminal:
                 os.close(stdio[0])
@@ -476,7 +481,7 @@ class Story:
             self.fs.set_attributes(self.root, what="unable to apply root propagation flags", propagation=flag)
         if own_mounts and self.has_own_dev:
             self._container_null()
-        if self.process.cwd:
+        if inside(self.process.cwd or ""):
             cwd = p.new()
             self.fs.make_directories(inside(self.process.cwd), f"mkdir {self.process.cwd}", cwd)
             self.fs.close(cwd)
