@@ -52,6 +52,8 @@ _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_
 _SIGCHLD = 17
 _TIOCSPTLCK, _TIOCGPTPEER, _TIOCSCTTY, _TIOCSWINSZ = 0x40045431, 0x5441, 0x540E, 0x5414
 _SIOCSIFFLAGS = 0x8914
+# To setresuid(2) -1 is "as it was": the process would stay root.
+_NO_ID = 0xFFFFFFFF
 _PASSWD_LIMIT = 1 << 18
 _PROGRAM_LIMIT = 20000
 
@@ -741,6 +743,9 @@ class Story:
         p = self.p
         user = self.process.user
         uid, gid, groups = (user.uid or 0, user.gid or 0, list(user.additional_gids)) if user else (0, 0, [])
+        for kind, number in (("uid", uid), ("gid", gid), *(("gid", number) for number in groups)):
+            if number == _NO_ID:
+                raise InvalidArgument(f"unable to setup user: {number} is not a {kind}")
         for fd, ours in enumerate(self.context.parent.stdio):
             # The process must be able to open its own /proc/self/fd/1; whose file it is on the host decides.
             if self.process.terminal or not (_is_null(ours) or (not self.userns and os.fstat(ours).st_uid == uid)):
