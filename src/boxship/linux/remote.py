@@ -342,8 +342,16 @@ class Remote:
     def pid(self) -> int:
         """The process. Raises OSError when it could not be started after all."""
         if not isinstance(self._pid, int):
-            promise, self._pid = self._pid, 0
-            self._pid = promise()
+            try:
+                self._pid = self._pid()
+            except OSError as error:
+                failed = error
+
+                def again() -> int:
+                    raise failed
+
+                self._pid = again  # never 0, which kill(2) would take for everybody
+                raise
         return self._pid
 
     @pid.setter

@@ -570,6 +570,11 @@ def explain(
         if error.what.startswith("@") and container is not None:
             what = container.hook_failure(error.what)
         return BoxshipError(f"unable to start container process: {doing}: {what}")
+    if isinstance(error, RemoteGone) and story is not None:
+        try:
+            _ = story.remote.pid
+        except OSError as reason:
+            error = reason  # it was not even born
     if isinstance(error, RemoteGone):
         if story is not None and story.cgroup is not None and story.cgroup.exists() and story.cgroup.oom_kills():
             return BoxshipError("unable to start container process: container init was OOM-killed (memory limit too low?)")
@@ -577,6 +582,9 @@ def explain(
     if isinstance(error, BoxshipError):
         return type(error)(f"unable to start container process: {error}")
     if isinstance(error, OSError):
+        # On v2 the limits are there before init, and the clone is on the container's account.
+        if error.errno == errno.ENOMEM and story is not None and story.born_in >= 0:
+            return BoxshipError("unable to start container process: container init was OOM-killed (memory limit too low?)")
         where = f" {error.filename}" if error.filename else ""
         return BoxshipError(f"unable to start container process: {error.strerror}{where}")
     return error

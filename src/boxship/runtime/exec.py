@@ -120,7 +120,7 @@ class _Joining:
             self._cgroup(story)
         affinity = self.process.exec_cpu_affinity
         story.executor = executor()
-        story.be_born(story.executor)
+        self._be_born(story)
         self.context.debug("nsexec container setup")
         failpoint.hit("exec.born")
         if sub:
@@ -155,6 +155,24 @@ class _Joining:
         if cgroup is not None:
             story.born_in = cgroup.clone_fd(self.container.pid)
             story.join_cgroups = cgroup.join_fds(unified=False, init_pid=self.container.pid)
+
+    def _be_born(self, story: Story) -> None:
+        try:
+            story.be_born(story.executor)
+            if self.context.rootless:
+                _ = story.remote.pid  # now is when it matters whether that worked
+        except PermissionError:
+            if story.born_in < 0 or not self.context.rootless or story.cgroup is None:
+                raise
+            # To enter a group takes write access to the nearest group above both. systemd has it, and moves processes for
+            # its users; with cgroupfs the process stays where the caller is, as with runc.
+            os.close(story.born_in)
+            story.born_in = -1
+            story.be_born(story.executor)
+            try:
+                story.cgroup.add(story.remote.pid)
+            except (BoxshipError, OSError) as error:
+                self.context.debug(f"the process stays in its caller's cgroup: {error}")
 
     def _sub_cgroup(self, story: Story, sub: dict[str, str]) -> None:
         story.cgroup = cgroup = self.container.control_group()

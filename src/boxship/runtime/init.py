@@ -195,6 +195,8 @@ class Story:
             os.kill(remote.pid, 9)
         except ProcessLookupError:
             pass
+        except OSError:
+            return  # it was not even born
         self.context.parent.wait(remote.pid)
 
     # --- 1. birth ------------------------------------------------------------------------------------------------
@@ -212,11 +214,6 @@ class Story:
         stdio = self._stdio()
         try:
             self._remote = self.context.parent.spawn(exe, "boxrun-init", stdio, self.at_once, self.born_in)
-        except OSError as error:
-            # The limits are there already, and the clone is on the container's account.
-            if error.errno == errno.ENOMEM and self.born_in >= 0:
-                raise BoxshipError("container init was OOM-killed (memory limit too low?)") from None
-            raise
         finally:
             if self.process.terminal:
                 os.close(stdio[0])
