@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from support.boxrun import Boxrun
 from support.guest import LANES, Guest, Unavailable
+from support.machine import Bundle
 
 HERE = Path(__file__).parent
 ORDER = Path("/opt/boxship/wanted.json")
@@ -28,6 +30,23 @@ def pytest_configure(config: pytest.Config) -> None:
 def lane(request: pytest.FixtureRequest) -> str:
     """The guest that the test runs in."""
     return str(request.param)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    """A bundle of busybox with a cgroup namespace, as v2 wants it."""
+    made = Bundle(tmp_path / "bundle")
+    made.spec = made.spec | {"linux": made.linux | {"namespaces": [*made.linux["namespaces"], {"type": "cgroup"}]}}  # type: ignore[misc]
+    return made
+
+
+@pytest.fixture
+def boxrun() -> Iterator[Boxrun]:
+    """The runtime under test; after the test nothing of its containers may be left."""
+    runtime = Boxrun()
+    yield runtime
+    left = runtime.close()
+    assert not left, left
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
