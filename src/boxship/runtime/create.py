@@ -348,12 +348,16 @@ def plan(
     story.state = container.hook_state
     story.open_note = container.open_note
     linux = spec.linux
-    if linux and context.rootless and os.geteuid() != 0:
+    user_ns = next((ns for ns in linux.namespaces if ns.type == "user"), None) if linux else None
+    if linux and user_ns is not None and not user_ns.path:
         from boxship.linux.idmaps import maps_only_self
 
         gids = [(x.container_id, x.host_id, x.size) for x in linux.gid_mappings]
         # An ordinary user's own single map comes with setgroups(2) denied.
-        story.may_set_groups = not maps_only_self(gids, os.getegid())
+        story.may_set_groups = os.geteuid() == 0 or not maps_only_self(gids, os.getegid())
+    else:
+        # Denied for ever in the user namespace that we are in already, perhaps.
+        story.may_set_groups = b"deny" not in read_all("/proc/self/setgroups")
     for ns in linux.namespaces if linux else []:
         if ns.path:
             story.joined[ns.type] = namespaces.open_namespace(ns.path, ns.type)

@@ -129,7 +129,10 @@ class Rootfs:
         not be a link, and this is the complaint.
         """
         p = self.p
-        parts = path.split("/") if path else []
+        if not path:
+            self.open("", m.O_PATH | m.O_DIRECTORY, what, dst=dst)
+            return
+        parts = path.split("/")
         current = self.root
         # Two registers in turn: the parent is closed only when the child is open.
         pair = (p.new(), p.new())

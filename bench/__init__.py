@@ -1,0 +1,1 @@
+"""Measurements against the reference runtimes: `python -m bench`, and `bench.conformance`."""
