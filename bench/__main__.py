@@ -117,11 +117,16 @@ class Bench:
         call(runtime, "create", name, cwd=self.true)
         call(runtime, "start", name, cwd=self.true)
         took = time.perf_counter() - start
-        while json.loads(subprocess.run([runtime, "state", name], stdout=subprocess.PIPE, check=True).stdout)["status"] != "stopped":
+        while self.status(runtime, name) != "stopped":
             time.sleep(0.001)
         start = time.perf_counter()
         call(runtime, "delete", name, cwd=self.true)
         return took + time.perf_counter() - start
+
+    def status(self, runtime: str, name: str) -> str:
+        """As `state` tells it."""
+        output = subprocess.run([runtime, "state", name], stdout=subprocess.PIPE, check=True).stdout
+        return str(json.loads(output)["status"])
 
     def many(self, runtime: str, at_once: int, count: int = 100) -> float:
         """`count` runs by `at_once` clients."""
@@ -197,7 +202,7 @@ def pss_of_idle_server() -> float:
 def row(title: str, values: dict[str, float], unit: str) -> str:
     """A line of the table: each figure, and boxrun's ratio to the others."""
     ours = values["boxrun"]
-    ratios = ", ".join(f"{ours / value:.2f} × {name}" for name, value in values.items() if name != "boxrun")
+    ratios = ", ".join(f"{ours / value:.2f} \N{MULTIPLICATION SIGN} {name}" for name, value in values.items() if name != "boxrun")
     return f"| {title} | " + " | ".join(f"{value:.1f} {unit}" for value in values.values()) + f" | {ratios} |"
 
 

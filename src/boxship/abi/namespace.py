@@ -22,6 +22,7 @@ FLAGS = {
 """By the runtime-spec's type. The order is the one in which they are joined: the user namespace first, for what it allows."""
 
 FILES = {
-    "user": "user", "mount": "mnt", "pid": "pid", "network": "net", "ipc": "ipc", "uts": "uts", "cgroup": "cgroup", "time": "time",
+    "user": "user", "mount": "mnt", "pid": "pid", "network": "net", "ipc": "ipc", "uts": "uts", "cgroup": "cgroup",
+    "time": "time",
 }
 """Names in /proc/PID/ns."""

@@ -62,7 +62,8 @@ def load_spec(context: Context, bundle: str) -> tuple[Spec, bytes]:
 
 
 def create(
-    context: Context, container_id: str, bundle: str, options: CreateOptions | None = None, *, spec: dict[str, object] | None = None
+    context: Context, container_id: str, bundle: str, options: CreateOptions | None = None, *,
+    spec: dict[str, object] | None = None,
 ) -> Container:
     """Make the container; its init waits. `spec` stands in for the bundle's config.json.
 
@@ -165,6 +166,10 @@ class Creation:
             self.terminal = story.remote.descriptors.pop()
             self.terminal = hand_terminal(self.options, self.terminal)
         take_limits(context, story)
+        if waits and cgroup is None:
+            # From its answer on init waits for `start` and not for us, and no control group tells who it is.
+            self._know_init(story)
+            container.save()
         story.go()
         failpoint.hit("create.ready")
         self._settle(story, waits=waits)
@@ -182,6 +187,8 @@ class Creation:
         nodes = [device.path for device in linux.devices] if linux else []
         self.limits = limits_of(linux.resources if linux else None, node_paths=nodes)
         cgroup.create(self.limits)
+        failpoint.hit("create.unclaimed")
+        self.container.claim_cgroup()
         if cgroup.needs_pid:
             return
         if not story.forks:

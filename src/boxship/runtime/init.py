@@ -622,7 +622,8 @@ class Story:
         p = self.p
         for path, data in lsm.exec_attributes(self.process.apparmor_profile or "", self.process.selinux_label or ""):
             fd = p.new()
-            p.call(sc.OPENAT, self.proc, f"self/{path}", os.O_WRONLY | m.O_CLOEXEC, dst=fd, what=f"unable to apply profile: open /proc/self/{path}")
+            what = f"unable to apply profile: open /proc/self/{path}"
+            p.call(sc.OPENAT, self.proc, f"self/{path}", os.O_WRONLY | m.O_CLOEXEC, dst=fd, what=what)
             p.call(sc.WRITE, fd, data, len(data), what=f"unable to apply profile: write /proc/self/{path}")
             self.fs.close(fd)
 
@@ -688,7 +689,10 @@ class Story:
         # A directory outside the root shows as "(unreachable)…": a leaked descriptor as cwd (CVE-2024-21626).
         p = self.p
         where = p.place(bytes(4104))
-        outside = "!current working directory is outside of container mount namespace root -- possible container breakout detected"
+        outside = (
+            "!current working directory is outside of container mount namespace root"
+            " -- possible container breakout detected"
+        )
         p.point(p.call(sc.GETCWD, 0, 4096, what=outside), 0, where)
         p.expect(where, ord("/"), mask=0xFF, error=errno.ENOENT, what=outside)
 

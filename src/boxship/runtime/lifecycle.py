@@ -233,7 +233,9 @@ def _destroy(container: Container, spec: Spec | None = None) -> None:
     """
     failpoint.hit("delete.begin")
     cgroup = container.control_group()
-    if cgroup is not None:
+    if cgroup is not None and not container.owns_cgroup():
+        cgroup.withdraw()
+    elif cgroup is not None:
         if cgroup.exists() and cgroup.pids():
             cgroup.kill(signal.SIGKILL)
         cgroup.delete()

@@ -43,7 +43,9 @@ class ExecOptions(CreateOptions):
 
     __slots__ = ("cgroup", "detach", "ignore_paused")
 
-    def __init__(self, *, cgroup: list[str] | None = None, ignore_paused: bool = False, detach: bool = False, **flags: object) -> None:
+    def __init__(
+        self, *, cgroup: list[str] | None = None, ignore_paused: bool = False, detach: bool = False, **flags: object
+    ) -> None:
         super().__init__(**flags)  # type: ignore[arg-type]
         self.cgroup = cgroup or []
         self.ignore_paused = ignore_paused

@@ -81,7 +81,9 @@ class Rootfs:
     """Appends the operations for one container's file system to a program."""
 
     def __init__(self, program: Program, root: Reg, rootfs: str, *, perform: Callable[[], None], label: str = "") -> None:
-        """`rootfs` is the root's path on the host; `perform` carries out what was appended so far and makes a new program current: see `use`."""
+        """`rootfs` is the root's path on the host; `perform` carries out what was appended so far and makes a new program
+        current: see `use`.
+        """
         self.p = program
         self.root = root
         self.perform = perform
@@ -158,7 +160,8 @@ class Rootfs:
         if folder:
             parent = self.p.new()
             self.make_directories(folder, what, parent)
-        how = mounts.open_how(os.O_CREAT | os.O_EXCL | m.O_NOFOLLOW | os.O_RDONLY, mode, m.RESOLVE_BENEATH | m.RESOLVE_NO_SYMLINKS)
+        flags = os.O_CREAT | os.O_EXCL | m.O_NOFOLLOW | os.O_RDONLY
+        how = mounts.open_how(flags, mode, m.RESOLVE_BENEATH | m.RESOLVE_NO_SYMLINKS)
         self.p.call(sc.OPENAT2, parent, name, how, 24, dst=dst, what=what)
         if folder:
             self.close(parent)
@@ -493,7 +496,8 @@ class Rootfs:
         p.call(sc.UNLINKAT, dev, "ptmx", 0, on_err=NEXT)
         p.call(sc.SYMLINKAT, "pts/ptmx", dev, "ptmx", what="symlink")
         p.context = ""
-        links = [("/proc/self/fd", "fd"), ("/proc/self/fd/0", "stdin"), ("/proc/self/fd/1", "stdout"), ("/proc/self/fd/2", "stderr")]
+        links = [("/proc/self/fd", "fd")]
+        links += [(f"/proc/self/fd/{number}", name) for number, name in enumerate(("stdin", "stdout", "stderr"))]
         if kcore:
             links.append(("/proc/kcore", "core"))
         for to, name in links:

@@ -10,6 +10,7 @@ Spec: runtime-spec 1.3.0, runtime.md "State".
         exec.fifo                while the container is created and not started: init waits for `start` to open it
         hook.stdout, hook.stderr, hook.status   what hooks that init ran left, see runtime.init
         start.json               what the last operations of init are called, for `start` to say which one failed
+        cgroup                   empty; from when create found the control group unused until `creating` ends: it is ours to kill
         notify/                  the container's side of the notify socket, if any
 
 Lock order: a command that changes a container holds flock(2) on ID/ from before it reads the record until it ends;
@@ -175,6 +176,20 @@ class Container:
         from boxship.oci.config import Spec
 
         return Spec.decode(text.loads(read_all("config.json", dir_fd=self.fd), "config.json"), "")
+
+    def claim_cgroup(self) -> None:
+        """Note that create has made the control group its own: what is in it from now on is the container's."""
+        os.close(os.open("cgroup", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self.fd))
+
+    def owns_cgroup(self) -> bool:
+        """Whether the group is the container's, and not perhaps another's that a killed create had not looked at yet."""
+        if not self.creating:
+            return True
+        try:
+            os.stat("cgroup", dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
 
     def control_group(self) -> Cgroup | None:
         """The container's cgroup as create saved it; None when it was created without any."""

@@ -212,6 +212,21 @@ class Cgroup:
             self.kill(9)
         self.delete()
 
+    def withdraw(self) -> None:
+        """Undo a `create` that was killed before it had looked whether the group is in use: only what is empty goes."""
+        import time
+
+        left = self.made()
+        for _ in range(50):
+            left = [path for path in left if _in_the_way(path)]
+            if not left:
+                break
+            time.sleep(0.02)  # a process that was cloned into it is just ending, or it is another's
+
+    def made(self) -> list[str]:
+        """The directories that `create` makes."""
+        return []
+
     def delete(self) -> None:
         """Remove the group and all below it; nothing happens when it is gone. Raises FailedPrecondition while it is busy."""
         raise NotImplementedError
@@ -244,6 +259,16 @@ class Cgroup:
 
     def delegate(self, uid: int) -> None:
         """Give the v2 group to a user, with the files by which it may make groups below (never its own limits)."""
+
+
+def _in_the_way(path: str) -> bool:
+    try:
+        os.rmdir(path)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def clean(path: str) -> str:

@@ -411,6 +411,10 @@ class V1Group(Cgroup):
 
     # --- the end -------------------------------------------------------------------------------------------------
 
+    def made(self) -> list[str]:
+        """See `Cgroup`."""
+        return list(self.directories())
+
     def delete(self) -> None:
         """See `Cgroup`."""
         if self.foreign:

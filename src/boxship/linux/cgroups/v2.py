@@ -450,6 +450,10 @@ class V2Group(Cgroup):
 
     # --- the end -------------------------------------------------------------------------------------------------
 
+    def made(self) -> list[str]:
+        """See `Cgroup`."""
+        return [self.v2_path] if self.v2_path else []
+
     def delete(self) -> None:
         """See `Cgroup`."""
         if self.foreign:

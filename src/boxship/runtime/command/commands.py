@@ -153,7 +153,8 @@ def ps(call: Invocation, p: Parsed) -> int:
         raise BoxshipError("couldn't find PID field in ps output")
     column = titles.index("PID")
     wanted = {str(pid) for pid in pids}
-    call.print("\n".join([lines[0], *(line for line in lines[1:] if line.split()[column : column + 1] and line.split()[column] in wanted)]) + "\n")
+    kept = [line for line in lines[1:] if wanted.intersection(line.split()[column : column + 1])]
+    call.print("\n".join([lines[0], *kept]) + "\n")
     return 0
 
 

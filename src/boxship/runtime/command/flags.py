@@ -10,6 +10,10 @@ from __future__ import annotations
 
 from boxship.kit.errors import InvalidArgument
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 BOOL, STRING, INT, LIST = "bool", "string", "int", "list"
 
 
@@ -129,12 +133,15 @@ def _store(parsed: Parsed, flag: Flag, value: object) -> None:
         try:
             parsed.values[key] = int(str(value), 0)
         except ValueError:
-            raise UsageError(f'invalid value "{value}" for flag -{key}: strconv.ParseInt: parsing "{value}": invalid syntax') from None
+            why = f'strconv.ParseInt: parsing "{value}": invalid syntax'
+            raise UsageError(f'invalid value "{value}" for flag -{key}: {why}') from None
     else:
         parsed.values[key] = value
 
 
-def help_text(name: str, summary: str, synopsis: str, description: str, flags: list[Flag], commands: list[tuple[str, str]] = ()) -> str:  # type: ignore[assignment]
+def help_text(
+    name: str, summary: str, synopsis: str, description: str, flags: list[Flag], commands: Sequence[tuple[str, str]] = ()
+) -> str:
     """A help page in the layout that runc's has."""
     parts = [f"NAME:\n   {name} - {summary}\n\nUSAGE:\n   {name} {synopsis}\n"]
     if description:

@@ -197,8 +197,8 @@ def _version(name: str) -> str:
 
 def _describe(error: Exception) -> str:
     if isinstance(error, OSError):
-        where = f" {error.filename}" if error.filename else ""
-        return f"{(error.strerror or str(error)).lower()}{where}" if not where else f"open{where}: {(error.strerror or '').lower()}"
+        what = (error.strerror or str(error)).lower()
+        return f"open {error.filename}: {what}" if error.filename else what
     return str(error)
 
 

@@ -28,10 +28,17 @@ GLOBAL = [
 ]
 
 _BUNDLE = Flag("bundle, b", "path to the root of the bundle directory, defaults to the current directory", STRING)
-_CONSOLE = Flag("console-socket", "path to an AF_UNIX socket which will receive the master end of the console's pseudoterminal", STRING)
-_PIDFD = Flag("pidfd-socket", "path to an AF_UNIX socket which will receive a file descriptor referencing the init process", STRING)
+_CONSOLE = Flag(
+    "console-socket", "path to an AF_UNIX socket which will receive the master end of the console's pseudoterminal", STRING
+)
+_PIDFD = Flag(
+    "pidfd-socket", "path to an AF_UNIX socket which will receive a file descriptor referencing the init process", STRING
+)
 _PID_FILE = Flag("pid-file", "specify the file to write the process id to", STRING)
-_NO_PIVOT = Flag("no-pivot", "do not use pivot root to jail process inside rootfs. This should be used whenever the rootfs is on a ramdisk")
+_NO_PIVOT = Flag(
+    "no-pivot",
+    "do not use pivot root to jail process inside rootfs. This should be used whenever the rootfs is on a ramdisk",
+)
 _NO_KEYRING = Flag("no-new-keyring", "do not create a new session keyring for the container")
 _PRESERVE = Flag("preserve-fds", "Pass N additional file descriptors to the container (stdio + $LISTEN_FDS + N in total)", INT)
 _DETACH = Flag("detach, d", "detach from the container's process")
@@ -64,7 +71,9 @@ def commands() -> dict[str, Command]:
 
     return {
         "checkpoint": Command("checkpoint a running container", _CHECKPOINT, do.checkpoint),
-        "create": Command("create a container", [_BUNDLE, _CONSOLE, _PIDFD, _PID_FILE, _NO_PIVOT, _NO_KEYRING, _PRESERVE], do.create),
+        "create": Command(
+            "create a container", [_BUNDLE, _CONSOLE, _PIDFD, _PID_FILE, _NO_PIVOT, _NO_KEYRING, _PRESERVE], do.create
+        ),
         "delete": Command(
             "delete any resources held by the container often used with detached container",
             [Flag("force, f", "Forcibly deletes the container if it is still running (uses SIGKILL)")], do.delete,
@@ -81,7 +90,9 @@ def commands() -> dict[str, Command]:
             "execute new process inside the container", _EXEC, do.exec_, args=(1, None), stop_after=1,
             synopsis="[command options] <container-id> <command> [command options]  || -p process.json <container-id>",
         ),
-        "features": Command("show the enabled features", [], do.features, args=(0, 0), synopsis="[command options]", description=""),
+        "features": Command(
+            "show the enabled features", [], do.features, args=(0, 0), synopsis="[command options]", description=""
+        ),
         "kill": Command(
             "kill sends the specified signal (default: SIGTERM) to the container's init process",
             [Flag("all, a", "(obsoleted, do not use)", hidden=True)], do.kill, args=(1, 2), synopsis="<container-id> [signal]",
@@ -143,7 +154,8 @@ _CRIU = [
 _CHECKPOINT = [
     *_CRIU, Flag("parent-path", "path for previous criu image files in pre-dump", STRING),
     Flag("leave-running", "leave the process running after checkpointing"),
-    Flag("tcp-skip-in-flight", "skip in-flight tcp connections"), Flag("link-remap", "allow one to link unlinked files back when possible"),
+    Flag("tcp-skip-in-flight", "skip in-flight tcp connections"),
+    Flag("link-remap", "allow one to link unlinked files back when possible"),
     Flag("status-fd", "criu writes \\0 to this FD once lazy-pages is ready", INT, -1),
     Flag("page-server", "ADDRESS:PORT of the page server", STRING),
     Flag("pre-dump", "dump container's memory information only, leave the container running after this"),
