@@ -105,8 +105,12 @@ def start(context: Context, container_id: str) -> None:
 def _let_go(container: Container) -> None:
     """Open exec.fifo: that is the word. What comes out of it is why the exec failed; its end is the exec."""
     path = container.path
+    try:
+        # Before the word: afterwards init may be over and reaped at any time.
+        handle = os.pidfd_open(container.pid)
+    except ProcessLookupError:
+        raise FailedPrecondition("cannot start a container that has stopped") from None
     answer = os.open(f"{path}/exec.fifo", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    handle = os.pidfd_open(container.pid)
     try:
         failpoint.hit("start.opened")
         os.unlink(f"{path}/exec.fifo")

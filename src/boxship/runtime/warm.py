@@ -3,7 +3,7 @@
 Runs in: the *server*, one a user, identity and set of namespaces: single-threaded, everything imported, its heap frozen.
 It keeps a few workers that wait on the listening socket already, so that not even the fork is on a command's way. A
 *worker* serves one call of the native boxrun (`src/native/boxrun.c`, where the messages are drawn) and ends.
-The server starts by itself after a command that had to do without it, and ends after `IDLE_S` without one.
+The server starts by itself after a command that had to do without it, and ends when it had none for a while.
 
 What the caller is, and the worker cannot be, it asks the caller to do: children are spawned by the caller's process, so
 that they inherit its limits, session, cgroups and place in the tree of processes.
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from boxship.runtime.rehearsal import Rehearsal
 
 IDLE_S = 300.0
+IDLE_ELSEWHERE_S = 10.0
+"""In a mount namespace that is not the machine's own: the server holds it, and with it all that is mounted there."""
 WORKERS = 3
 _WORD = Struct("=iiii")
 _VERSION = 1
@@ -276,6 +278,7 @@ def _keep_workers(listener: _socket.socket, rehearsal: Rehearsal) -> None:
     waiting: set[int] = set()
     busy: set[int] = set()
     last = time.monotonic()
+    patience = IDLE_S if _at_home() else IDLE_ELSEWHERE_S
     poll = select.poll()
     poll.register(taken, select.POLLIN)
     while True:
@@ -287,7 +290,7 @@ def _keep_workers(listener: _socket.socket, rehearsal: Rehearsal) -> None:
             waiting.add(_fork_worker(listener, tell, rehearsal))
             continue
         if not short:
-            poll.poll(1000 if busy else 10000)
+            poll.poll(1000 if busy else patience * 1000 / 4)
         stale = False
         try:
             data = os.read(taken, 4096)
@@ -308,10 +311,17 @@ def _keep_workers(listener: _socket.socket, rehearsal: Rehearsal) -> None:
                 break
             busy.discard(pid)
             waiting.discard(pid)
-        if stale or (not busy and time.monotonic() - last > IDLE_S):
+        if stale or (not busy and time.monotonic() - last > patience):
             for pid in waiting:
                 os.kill(pid, 9)
             return
+
+
+def _at_home() -> bool:
+    try:
+        return os.stat("/proc/self/ns/mnt").st_ino == os.stat("/proc/1/ns/mnt").st_ino
+    except PermissionError:
+        return True  # another user's: no telling
 
 
 def _fork_worker(listener: _socket.socket, tell: int, rehearsal: Rehearsal) -> int:
