@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from support.image import NAME
-from support.peers import needs
+from support.peers import needs, peer_directories
 from support.stage import Stage
 
 
@@ -25,13 +25,17 @@ class Podman:
     stage: Stage
     options: list[str | Path]
 
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"CONTAINERS_CONF": str(self.stage.directory / "containers.conf"), "PODMAN_IGNORE_CGROUPSV1_WARNING": "1"}
+
     def __call__(self, *words: str | Path, **options: object) -> str:
         """What it prints; a failure fails the test."""
-        return self.stage.out("podman", *self.options, *words, **options)
+        return self.stage.out("podman", *self.options, *words, env=self.environment, **options)
 
     def code(self, *words: str | Path) -> int:
         """Its exit code."""
-        return self.stage.run("podman", *self.options, *words, check=False).returncode
+        return self.stage.run("podman", *self.options, *words, env=self.environment, check=False).returncode
 
     def inspect(self, name: str, template: str) -> str:
         """A value of the container's record."""
@@ -46,6 +50,9 @@ class Podman:
 def podman(stage: Stage, runtime: Path, archive: Path) -> Podman:
     needs("podman", "conmon")
     directory = stage.directory
+    helpers = [path.parent / name / "podman" for path in peer_directories() for name in ("libexec", "lib")]
+    (directory / "containers.conf").write_text("[engine]\nhelper_binaries_dir = " + json.dumps(
+        [*map(str, helpers), "/usr/libexec/podman", "/usr/lib/podman"]) + "\n")
     podman = Podman(stage, [
         "--root", directory / "root", "--runroot", directory / "run", "--tmpdir", directory / "tmp", "--storage-driver", "overlay",
         "--cgroup-manager", "cgroupfs", "--events-backend", "file", "--runtime", runtime])
@@ -93,7 +100,7 @@ def test_exec_fills_a_pipe_to_its_last_byte(podman: Podman, sleeper: str) -> Non
 
 def test_logs_keep_both_streams(podman: Podman, name: str) -> None:
     podman("run", "--name", name, "--network=none", NAME, "sh", "-c", "echo out; echo err >&2")
-    logs = podman.stage.run("podman", *podman.options, "logs", name)
+    logs = podman.stage.run("podman", *podman.options, "logs", name, env=podman.environment)
     assert (logs.stdout, logs.stderr) == ("out\n", "err\n")
     podman("rm", name)
 
@@ -143,21 +150,20 @@ def test_limits_are_in_the_cgroup_and_update_changes_them(podman: Podman, name: 
 
 def test_the_pids_limit_bites(podman: Podman) -> None:
     done = podman.stage.run("podman", *podman.options, "run", "--rm", "--network=none", "--pids-limit", "8", NAME,
-                            "sh", "-c", "for i in 1 2 3 4 5 6 7 8 9; do sleep 1 & done; wait", check=False)
+                            "sh", "-c", "for i in 1 2 3 4 5 6 7 8 9; do sleep 1 & done; wait", env=podman.environment, check=False)
     assert "can't fork" in done.stderr
 
 
 def test_a_terminal_is_one_and_has_a_size(podman: Podman) -> None:
-    code, screen = podman.stage.typing(
-        "podman", *podman.options, "run", "--rm", "--network=none", "-it", NAME,
-        types="tty; stty size; echo $((6*7)); exit 5\n", until="/ #")
+    code, screen = podman.stage.typing("podman", *podman.options, "run", "--rm", "--network=none", "-it", NAME, env=podman.environment,
+                                       types="tty; stty size; echo $((6*7)); exit 5\n", until="/ #")
     assert code == 5
     assert "/dev/pts/0" in screen
     assert "42" in screen
 
 
 def test_exec_on_a_terminal(podman: Podman, sleeper: str) -> None:
-    code, screen = podman.stage.typing("podman", *podman.options, "exec", "-it", sleeper, "sh",
+    code, screen = podman.stage.typing("podman", *podman.options, "exec", "-it", sleeper, "sh", env=podman.environment,
                                        types="tty && echo $((6*7)); exit 4\n", until="/ #")
     assert code == 4
     assert "/dev/pts/" in screen and "42" in screen

@@ -123,14 +123,15 @@ class Stage:
         if process in self.started:
             self.started.remove(process)
 
-    def typing(self, *argv: str | Path, types: str, until: str, timeout: float = 30) -> tuple[int, str]:
+    def typing(self, *argv: str | Path, types: str, until: str, timeout: float = 30,
+               env: dict[str, str] | None = None) -> tuple[int, str]:
         """Run a command on a terminal of its own and type. Returns its code and what was on the screen.
 
         Types `types` when `until` has appeared; nothing is typed before, for an early key may get lost.
         """
         main, terminal = pty.openpty()
         process = subprocess.Popen(self._command(argv), stdin=terminal, stdout=terminal, stderr=terminal,
-                                   start_new_session=True, **self._options({"TERM": "xterm"}))  # type: ignore[call-overload]
+                                   start_new_session=True, **self._options({"TERM": "xterm"} | (env or {})))  # type: ignore[call-overload]
         os.close(terminal)
         screen, end, typed = b"", time.monotonic() + timeout, False
         try:
