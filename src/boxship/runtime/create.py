@@ -128,6 +128,9 @@ class Creation:
         if cgroup is not None and cgroup.needs_pid:
             # systemd makes the scope around a process that is there.
             cgroup.add(story.remote.pid)
+            owner = cgroup_owner(spec)
+            if owner is not None:
+                cgroup.delegate(owner)
             if not story.forks:
                 cgroup.apply(self.limits)
         failpoint.hit("create.born")
@@ -326,10 +329,32 @@ def prepare(
     return creation
 
 
+def cgroup_owner(spec: Spec) -> int | None:
+    """The host's uid of the user who may make groups below the container's: where that is visible and writable for him."""
+    linux = spec.linux
+    own = linux is not None and any(ns.type == "cgroup" and not ns.path for ns in linux.namespaces)
+    writable = any(
+        mount.source == "cgroup" and os.path.normpath(mount.destination) == "/sys/fs/cgroup" and "ro" not in mount.options
+        for mount in spec.mounts
+    )
+    if linux is None or not own or not writable:
+        return None
+    uid = (spec.process.user.uid or 0) if spec.process and spec.process.user else 0
+    if not any(ns.type == "user" for ns in linux.namespaces):
+        return uid
+    for ids in linux.uid_mappings:
+        if ids.container_id <= uid < ids.container_id + ids.size:
+            return ids.host_id + uid - ids.container_id
+    return None
+
+
 def check(context: Context, spec: Spec, *, needs_process: bool) -> None:
     """The rules that hold between fields; warnings go to the log."""
     from boxship.oci.validate import validate
 
+    if spec.linux and spec.linux.intel_rdt is not None:
+        # resctrl is not there yet; to run without the limits that were asked for would be worse than not to run.
+        raise Unsupported("intelRdt is specified in config, but Intel RDT is not supported or enabled")
     own = os.stat("/proc/self/ns/net").st_ino
 
     def is_host_netns(path: str) -> bool:

@@ -55,7 +55,9 @@ _SIOCSIFFLAGS = 0x8914
 # To setresuid(2) -1 is "as it was": the process would stay root.
 _NO_ID = 0xFFFFFFFF
 _PASSWD_LIMIT = 1 << 18
-_PROGRAM_LIMIT = 20000
+_CHUNK = 150
+"""Operations after which the parent lets init begin: few enough to keep both at work, many enough to pay for the way."""
+_FDS_AT_ONCE = 200  # SCM_RIGHTS takes 253
 
 
 class Story:
@@ -116,6 +118,10 @@ class Story:
         self.null = self.p.keep()
         self.fs = Rootfs(self.p, self.root, rootfs, perform=self.perform)
         self.fs.remote = lambda: self.remote
+        if spec.linux and spec.linux.mount_label:
+            from boxship.linux import lsm
+
+            self.fs.label = spec.linux.mount_label if lsm.selinux_enabled() else ""
 
     @property
     def remote(self) -> Remote:
@@ -410,8 +416,9 @@ class Story:
             p.call(sc.OPENAT, m.AT_FDCWD, self.rootfs, flags, dst=self.root, what=f"open {self.rootfs}")
         for mount in self.spec.mounts:
             self._mount(mount)
-            if len(self.p) > _PROGRAM_LIMIT or len(self.fds) > 200:
-                self.perform()
+            if len(self.p) > _CHUNK or len(self.fds) > _FDS_AT_ONCE:
+                # Init mounts these while the parent writes the next.
+                self.go()
         if self.has_own_dev:
             kcore = os.path.exists("/proc/kcore")
             self.fs.devices(linux.devices if linux else [], kcore=kcore)
