@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support.boxrun import CGROUP, Boxrun, eventually, gone, membership, read
+from support.boxrun import CGROUP, Boxrun, eventually, gone, make_rootless, membership, read
 from support.machine import Bundle
 
 pytestmark = pytest.mark.lane("plain")
@@ -366,16 +366,3 @@ def rootless_boxrun() -> Boxrun:
     folder.chmod(0o700)
     return runtime
 
-
-def make_rootless(bundle: Bundle) -> None:
-    """What `boxrun spec --rootless` makes of the configuration, for the ordinary user."""
-    from boxship.oci.defaults import to_rootless
-
-    to_rootless(bundle.spec)
-    for kind in ("uidMappings", "gidMappings"):
-        bundle.linux[kind] = [{"containerID": 0, "hostID": 1000, "size": 1}]
-    bundle.linux.setdefault("resources", {})
-    for path in [bundle.path, *bundle.path.parents]:
-        if path != Path("/") and path != Path("/tmp"):
-            path.chmod(0o755)
-    subprocess.run(["chown", "-R", "1000:1000", str(bundle.path)], check=True)

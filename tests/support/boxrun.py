@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from boxship.oci.defaults import to_rootless
 from support.machine import Bundle, Done, Running, find_boxrun
 
 PREFIX = f"t{os.getpid()}-"
@@ -138,3 +139,20 @@ def gone(pid: int) -> bool:
 def said(*words: str) -> str:
     """What a command of the machine prints; it must succeed."""
     return subprocess.run(words, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout.strip()
+
+
+def open_to_all(bundle: Bundle) -> None:
+    """Let every user reach the bundle."""
+    for path in [bundle.path, *bundle.path.parents]:
+        if path not in (Path("/"), Path("/tmp")):
+            path.chmod(0o755)
+
+
+def make_rootless(bundle: Bundle, uid: int = 1000) -> None:
+    """What `boxrun spec --rootless` makes of the configuration, for an ordinary user."""
+    to_rootless(bundle.spec)
+    for kind in ("uidMappings", "gidMappings"):
+        bundle.linux[kind] = [{"containerID": 0, "hostID": uid, "size": 1}]
+    bundle.linux.setdefault("resources", {})
+    open_to_all(bundle)
+    subprocess.run(["chown", "-R", f"{uid}:{uid}", str(bundle.path)], check=True)

@@ -15,7 +15,7 @@ import time
 
 from boxship.abi.namespace import FILES
 from boxship.kit import failpoint
-from boxship.kit.errors import BoxshipError, InvalidArgument
+from boxship.kit.errors import BoxshipError, InvalidArgument, Unsupported
 from boxship.kit.files import read_all, write_all, write_atomic, write_new
 from boxship.linux import namespaces
 from boxship.linux.cgroups import Cgroup
