@@ -253,10 +253,16 @@ class Machine:
 
 def our_cgroups() -> Iterator[str]:
     """Every directory of any hierarchy that is named after a container of these tests."""
-    for hierarchy in os.scandir("/sys/fs/cgroup"):
-        if hierarchy.is_dir(follow_symlinks=False):
-            for path, folders, _ in os.walk(hierarchy.path):
-                yield from (f"{path}/{name}" for name in folders if PREFIX in name)
+    folders = ["/sys/fs/cgroup"]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                below = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+        except FileNotFoundError:
+            continue
+        folders += below
+        yield from (path for path in below if PREFIX in os.path.basename(path))
 
 
 def _is_warm(command: str) -> bool:
@@ -264,19 +270,26 @@ def _is_warm(command: str) -> bool:
 
 
 def _processes() -> Iterator[tuple[int, int, str, str]]:
+    """(pid, parent, name, state letter) of every process of the machine."""
     for name in os.listdir("/proc"):
         if not name.isdigit():
             continue
         try:
             with open(f"/proc/{name}/stat", "rb") as file:
                 stat = file.read()
-            with open(f"/proc/{name}/cmdline", "rb") as file:
-                command = file.read().replace(b"\0", b" ")
         except (FileNotFoundError, ProcessLookupError):
             continue
         fields = stat[stat.rindex(b")") + 2 :].split()
         comm = stat[stat.index(b"(") : stat.rindex(b")") + 1]
-        yield int(name), int(fields[1]), (command or comm).decode(errors="replace"), fields[0].decode()
+        yield int(name), int(fields[1]), comm.decode(errors="replace"), fields[0].decode()
+
+
+def _command(pid: int, name: str) -> str:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().replace(b"\0", b" ").decode(errors="replace") or name
+    except (FileNotFoundError, ProcessLookupError):
+        return name
 
 
 def _descendants() -> list[tuple[int, int, str, str]]:
@@ -289,7 +302,7 @@ def _descendants() -> list[tuple[int, int, str, str]]:
         while above in everything and above != me:
             above = everything[above][1]
         if above == me:
-            found.append(everything[pid])
+            found.append((pid, entry[1], _command(pid, entry[2]), entry[3]))
     return found
 
 

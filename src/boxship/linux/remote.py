@@ -26,6 +26,7 @@ from _struct import Struct
 from sys import byteorder as _ORDER
 
 from boxship.abi import syscalls
+from boxship.kit.errors import InvalidArgument
 from boxship.linux import _sys
 
 TYPE_CHECKING = False
@@ -372,7 +373,7 @@ class Remote:
         """Start `program` without waiting for its answer; `fds` arrive in the registers `received(0)` and following."""
         image = program.image()
         if len(image) > SIZE - 4096:
-            raise ValueError(f"a program of {len(image)} bytes does not fit into {SIZE}")
+            raise InvalidArgument(f"arguments, environment or paths of {len(image)} bytes are more than the {SIZE} that init takes")
         written = 0
         while written < len(image):
             written += os.pwrite(self.memory, image[written:] if written else image, written)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 
 from boxship.abi.namespace import FILES
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from boxship.runtime.state import Container
 
 SPEC_LIMIT = 64 << 20
+_MAX_PASSED = 200  # what one message carries (SCM_MAX_FD is 253)
 EXEC_FAILED = 255
 """The exit code of a process whose program could not be executed, as runc's init has it."""
 
@@ -53,6 +55,8 @@ def load_spec(context: Context, bundle: str) -> tuple[Spec, bytes]:
     """The configuration of a bundle, decoded and checked, and its bytes. Raises InvalidArgument, NotFound."""
     path = os.path.join(bundle, "config.json")
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise InvalidArgument(f"cannot read {path}: not a regular file")  # nobody waits for a FIFO's writer
         data = read_all(path, SPEC_LIMIT)
     except FileNotFoundError:
         raise InvalidArgument(f"JSON specification file {path} not found") from None
@@ -436,9 +440,11 @@ def take_environment(context: Context, story: Story, options: CreateOptions) -> 
     """Descriptors to pass on, and what of the environment the runtime itself decides."""
     count = options.preserve_fds
     listen = context.environ.get("LISTEN_FDS", "")
-    if listen.isdigit() and int(listen) > 0:
+    if listen.isascii() and listen.isdigit() and int(listen[:10]) > 0:
         story.env += [f"LISTEN_FDS={listen}", "LISTEN_PID=1"]
-        count += int(listen)
+        count += int(listen[:10])
+    if not 0 <= count <= _MAX_PASSED:
+        raise InvalidArgument(f"preserve-fds: expected 0 to {_MAX_PASSED} descriptors, got {count}")
     if count:
         try:
             story.preserve_fds = context.parent.inherited(count)

@@ -40,6 +40,8 @@ def parse_duration(duration: str) -> float:
         if unit not in _UNITS_S or not number.strip(".") or number.count(".") > 1:
             raise wrong
         total += float(number) * _UNITS_S[unit]
+    if total > 1 << 33:
+        raise wrong  # beyond what 64 bits of nanoseconds hold
     if total <= 0:
         raise InvalidArgument("duration interval must be greater than 0")
     return total

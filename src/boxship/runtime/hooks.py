@@ -48,6 +48,8 @@ def _run(hook: Hook, state: bytes) -> None:
             )
         except OSError as error:
             raise BoxshipError(f"fork/exec {hook.path}: {(error.strerror or '').lower()}") from None
+        except ValueError as error:  # an empty name, a NUL byte
+            raise BoxshipError(f"fork/exec {hook.path}: {error}") from None
     finally:
         os.close(stdin)
         os.close(out_end)

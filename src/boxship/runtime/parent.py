@@ -96,8 +96,8 @@ class Direct:
 
     def inherited(self, count: int) -> list[int]:
         """See `Parent`."""
-        fds = list(range(3, 3 + count))
+        fds = range(3, 3 + count)
         for fd in fds:
             os.fstat(fd)
-        return fds
+        return list(fds)
 
