@@ -95,7 +95,8 @@ static void mix(const void *data, size_t size)
 static int find_worker(char *path, size_t size, const char *exe)
 {
 	static const char *const kinds[] = {"mnt", "pid", "net", "user", "uts", "ipc", "cgroup", "time"};
-	char name[64], status[4096];
+	static char status[1 << 16];  /* a user may be in thousands of groups */
+	char name[64];
 	for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
 		struct stat info;
 		snprintf(name, sizeof name, "/proc/self/ns/%s", kinds[i]);
@@ -114,12 +115,22 @@ static int find_worker(char *path, size_t size, const char *exe)
 	if (got <= 0)
 		return -1;
 	status[got] = 0;
-	static const char *const fields[] = {"\nUid:", "\nGid:", "\nCapEff:", "\nCapBnd:", "\nNoNewPrivs:", "\nSeccomp:"};
+	static const char *const fields[] = {
+		"\nUid:", "\nGid:", "\nGroups:", "\nCapInh:", "\nCapPrm:", "\nCapEff:", "\nCapBnd:", "\nCapAmb:", "\nNoNewPrivs:", "\nSeccomp:",
+	};
 	for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
 		const char *line = strstr(status, fields[i]);
-		if (line)
-			mix(line, strcspn(line + 1, "\n") + 1);
+		if (!line)
+			return -1;
+		mix(line, strcspn(line + 1, "\n") + 1);
 	}
+	/* The security module's label; without one there is nothing to read. */
+	fd = open("/proc/self/attr/current", O_RDONLY | O_CLOEXEC);
+	got = fd < 0 ? -1 : read(fd, status, sizeof status);
+	if (fd >= 0)
+		close(fd);
+	if (got > 0)
+		mix(status, (size_t)got);
 	mix(exe, strlen(exe));
 	const char *base = "/run";
 	if (geteuid() != 0) {
@@ -145,7 +156,11 @@ static int connect_worker(const char *path)
 		close(fd);
 	else
 		worker = fd;
-	if (connect(worker, (struct sockaddr *)&address, sizeof address) == 0)
+	/* Whoever made the socket gets our descriptors and environment: nobody else's shall. */
+	struct ucred server;
+	socklen_t length = sizeof server;
+	if (connect(worker, (struct sockaddr *)&address, sizeof address) == 0
+	    && getsockopt(worker, SOL_SOCKET, SO_PEERCRED, &server, &length) == 0 && server.uid == geteuid())
 		return 0;
 	close(worker);
 	return -1;

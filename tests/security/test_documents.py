@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from support.machine import Bundle, Done, Machine
 
 
@@ -163,7 +164,7 @@ def test_mounts_with_long_names_never_overflow_what_is_between_runtime_and_init(
     bundle.writable()
     source = bundle.path / "source"
     source.mkdir()
-    for i in range(3000):
+    for _ in range(3000):
         bundle.mounts.append({"type": "bind", "source": str(source), "destination": f"/mnt/{long}", "options": ["bind"]})
     bundle.process["args"] = ["true"]
     done = machine("run", "-b", bundle.write(), machine.name(), timeout=60)

@@ -43,7 +43,10 @@ _REHEARSALS = 30
 _IN_CHANGES = 0x8 | 0x40 | 0x80 | 0x200  # IN_CLOSE_WRITE, IN_MOVED_FROM, IN_MOVED_TO, IN_DELETE
 _SPAWN, _WAIT, _FDS, _ATTEND, _EXIT = 1, 2, 3, 4, 5
 _REPLY, _WINDOW, _ENDED = 0, 1, 2
-_FIELDS = (b"\nUid:", b"\nGid:", b"\nCapEff:", b"\nCapBnd:", b"\nNoNewPrivs:", b"\nSeccomp:")
+_FIELDS = (
+    b"\nUid:", b"\nGid:", b"\nGroups:", b"\nCapInh:", b"\nCapPrm:", b"\nCapEff:", b"\nCapBnd:", b"\nCapAmb:", b"\nNoNewPrivs:", b"\nSeccomp:",
+)
+_SO_PEERPIDFD = 77
 _KINDS = ("mnt", "pid", "net", "user", "uts", "ipc", "cgroup", "time")
 
 
@@ -367,16 +370,43 @@ def _die_with_server(yes: bool) -> None:
 
 
 def _identity(pid: int | str) -> list[object]:
+    """What a process sees and may. Raises OSError, ValueError when that cannot be told."""
     found: list[object] = [os.stat(f"/proc/{pid}/ns/{kind}").st_ino for kind in _KINDS]
+    root = os.stat(f"/proc/{pid}/root")
+    found += (root.st_dev, root.st_ino)
     fd = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        status = os.read(fd, 4096)
+        status = os.read(fd, 1 << 16)
     finally:
         os.close(fd)
     for field in _FIELDS:
-        start = status.find(field)
-        found.append(status[start : status.find(b"\n", start + 1)] if start >= 0 else b"")
+        start = status.index(field)
+        found.append(status[start : status.index(b"\n", start + 1)])
+    try:
+        fd = os.open(f"/proc/{pid}/attr/current", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return found
+    try:
+        found.append(os.read(fd, 4096))
+    except OSError:
+        pass  # there is no security module
+    finally:
+        os.close(fd)
     return found
+
+
+def _is_alive(conn: _socket.socket) -> bool:
+    """Whether the process that connected is still there, so that what was read of its number was about it (Linux ≥ 6.5)."""
+    try:
+        handle = int.from_bytes(conn.getsockopt(_socket.SOL_SOCKET, _SO_PEERPIDFD, 4), "little")
+    except OSError:
+        return True
+    try:
+        ended = select.poll()
+        ended.register(handle, select.POLLIN)
+        return not ended.poll(0)
+    finally:
+        os.close(handle)
 
 
 def _serve_one(conn: _socket.socket, identity: list[object]) -> int:
@@ -384,7 +414,7 @@ def _serve_one(conn: _socket.socket, identity: list[object]) -> int:
 
     credentials = conn.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
     pid = int.from_bytes(credentials[:4], "little")
-    if _identity(pid) != identity:
+    if _identity(pid) != identity or not _is_alive(conn):
         return 0  # it does the work itself, with what it may
     data, ancillary, _, _ = conn.recvmsg(_WORD.size, _socket.CMSG_SPACE(4 * 5), _socket.MSG_CMSG_CLOEXEC)
     fds = [int.from_bytes(part[i : i + 4], "little") for _, _, part in ancillary for i in range(0, len(part), 4)]
