@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -73,14 +74,21 @@ class Running:
 
     def wait(self, timeout: float = 60) -> Done:
         """Wait for the end; a command that hangs is killed, and fails the test."""
-        try:
-            code = self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
+        ended = select.poll()
+        handle = os.pidfd_open(self.pid)
+        ended.register(handle, select.POLLIN)
+        deadline = time.monotonic() + timeout
+        # What becomes an orphan meanwhile is ours to reap, as it would be pid 1's: a pid namespace does not end before.
+        while not ended.poll(20) and time.monotonic() < deadline:
+            reap()
+        os.close(handle)
+        hangs = self.process.poll() is None
+        if hangs:
             self.process.kill()
-            self.process.wait()
+        code = self.process.wait()
+        _waited.discard(self.pid)
+        if hangs:
             pytest.fail(f"{self.process.args} hangs")
-        finally:
-            _waited.discard(self.pid)
         self._err.seek(0)
         return Done(code, self.output(), self._err.read().decode(errors="replace"))
 
@@ -312,9 +320,10 @@ _waited: set[int] = set()
 
 def reap() -> None:
     """Take the exit status of orphans that came to us."""
-    me = os.getpid()
-    for pid, parent, _, letter in _processes():
-        if parent == me and letter == "Z" and pid not in _waited:
+    for thread in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{thread}/children") as file:
+            orphans = {int(pid) for pid in file.read().split()} - _waited
+        for pid in orphans:
             try:
                 os.waitpid(pid, os.WNOHANG)
             except ChildProcessError:

@@ -12,6 +12,10 @@ from boxship.kit.errors import Unavailable
 from boxship.kit.files import read_all
 from boxship.linux.remote import sealed
 
+_NAME = "boxrun-init"
+EXECUTOR_LINK = f"/memfd:{_NAME} (deleted)"
+"""What /proc/PID/exe leads to, as long as init has not become the user's program."""
+
 _copy = -1
 
 
@@ -21,7 +25,7 @@ def executor() -> int:
     if _copy < 0:
         path = os.path.join(os.path.dirname(__file__), "_init")
         try:
-            _copy = sealed(read_all(path), "boxrun-init")
+            _copy = sealed(read_all(path), _NAME)
         except FileNotFoundError:
             raise Unavailable(f"{path} is missing", "build the package again: make build") from None
     return _copy

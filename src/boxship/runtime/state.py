@@ -26,6 +26,7 @@ from boxship.kit import failpoint
 from boxship.kit.errors import AlreadyExists, BoxshipError, FailedPrecondition, InvalidArgument, NotFound
 from boxship.kit.files import read_all, write_atomic
 from boxship.oci import text
+from boxship.runtime.executor import EXECUTOR_LINK
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -229,7 +230,13 @@ class Container:
             os.stat("exec.fifo", dir_fd=self.fd, follow_symlinks=False)
         except FileNotFoundError:
             return False
-        return True
+        # A `start` that was killed in the middle may have left the FIFO of a container that runs.
+        try:
+            return os.readlink(f"/proc/{self.pid}/exe") == EXECUTOR_LINK
+        except PermissionError:
+            return True  # nobody may look into init, see `boxship.runtime.init`
+        except FileNotFoundError:
+            return False
 
     def locked_by_other(self) -> bool:
         """Whether another command is at work on this container now."""

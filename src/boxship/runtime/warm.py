@@ -284,16 +284,25 @@ def _keep_workers(listener: _socket.socket, rehearsal: Rehearsal) -> None:
     patience = IDLE_S if _at_home() else IDLE_ELSEWHERE_S
     poll = select.poll()
     poll.register(taken, select.POLLIN)
+    # The end of a worker wakes the server: one that was killed while it waited leaves callers with nobody to answer.
+    handles: dict[int, int] = {}
+
+    def fork() -> None:
+        pid = _fork_worker(listener, tell, rehearsal, handles)
+        waiting.add(pid)
+        handles[pid] = os.pidfd_open(pid)
+        poll.register(handles[pid], select.POLLIN)
+
     while True:
         if not waiting:
-            waiting.add(_fork_worker(listener, tell, rehearsal))
+            fork()
         short = len(waiting) < WORKERS
         # Not at once, which would take a processor from the command that has just begun.
         if short and not poll.poll(_REFILL_S * 1000):
-            waiting.add(_fork_worker(listener, tell, rehearsal))
+            fork()
             continue
         if not short:
-            poll.poll(1000 if busy else patience * 1000 / 4)
+            poll.poll(patience * 1000 / 4)
         stale = False
         try:
             data = os.read(taken, 4096)
@@ -314,6 +323,9 @@ def _keep_workers(listener: _socket.socket, rehearsal: Rehearsal) -> None:
                 break
             busy.discard(pid)
             waiting.discard(pid)
+            handle = handles.pop(pid)
+            poll.unregister(handle)
+            os.close(handle)
         if stale or (not busy and time.monotonic() - last > patience):
             for pid in waiting:
                 os.kill(pid, 9)
@@ -327,29 +339,32 @@ def _at_home() -> bool:
         return True  # another user's: no telling
 
 
-def _fork_worker(listener: _socket.socket, tell: int, rehearsal: Rehearsal) -> int:
+def _fork_worker(listener: _socket.socket, tell: int, rehearsal: Rehearsal, handles: dict[int, int]) -> int:
+    server = os.getpid()
     pid = os.fork()
     if pid:
         return pid
     # The worker: whatever happens, it ends here and never goes on as a second server.
     code = 1
     try:
+        for handle in handles.values():
+            os.close(handle)
         rehearsal.perform()
-        code = _work(listener, tell)
+        code = _work(listener, tell, server)
     finally:
         os._exit(code)
 
 
-def _work(listener: _socket.socket, tell: int) -> int:
+def _work(listener: _socket.socket, tell: int, server: int) -> int:
     from boxship.linux.cgroups import arrangement
 
     # Woken when a mount of ours comes or goes: the hierarchies may be others then.
     mounts = os.open("/proc/self/mounts", os.O_RDONLY | os.O_CLOEXEC)
     identity = _identity("self")
-    _die_with_server(True)
+    _die_with(server)
     # Blocking: the kernel wakes one waiting worker for a caller, not all.
     fd, _ = listener._accept()  # type: ignore[attr-defined]
-    _die_with_server(False)
+    _die_with(0)
     conn = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd)
     old = _stale()
     os.write(tell, (-os.getpid() if old else os.getpid()).to_bytes(4, "little", signed=True))
@@ -362,10 +377,10 @@ def _work(listener: _socket.socket, tell: int) -> int:
     return _serve_one(conn, identity)
 
 
-def _die_with_server(yes: bool) -> None:
-    """A worker that waits is nobody's when its server is gone; one at work has a command to finish."""
-    _sys.syscall(syscalls.PRCTL, _PR_SET_PDEATHSIG, 9 if yes else 0, 0, 0, 0)
-    if yes and os.getppid() == 1:
+def _die_with(server: int) -> None:
+    """A worker that waits is nobody's when its server is gone; one at work (0) has a command to finish."""
+    _sys.syscall(syscalls.PRCTL, _PR_SET_PDEATHSIG, 9 if server else 0, 0, 0, 0)
+    if server and os.getppid() != server:
         os._exit(0)
 
 
