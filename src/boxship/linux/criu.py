@@ -25,7 +25,9 @@ SOCKET_FD = 3
 """Where CRIU is given its end of the connection."""
 
 DUMP, RESTORE, PRE_DUMP, NOTIFY, FEATURE_CHECK, VERSION = 1, 2, 4, 6, 9, 10
-KINDS = {DUMP: "DUMP", RESTORE: "RESTORE", PRE_DUMP: "PRE_DUMP", NOTIFY: "NOTIFY", FEATURE_CHECK: "FEATURE_CHECK", VERSION: "VERSION"}
+KINDS = {
+    DUMP: "DUMP", RESTORE: "RESTORE", PRE_DUMP: "PRE_DUMP", NOTIFY: "NOTIFY", FEATURE_CHECK: "FEATURE_CHECK", VERSION: "VERSION",
+}
 CGROUP_MODES = {"": 6, "ignore": 0, "soft": 3, "full": 4, "strict": 5}
 
 _PAIR: Schema = {"key": (1, None), "val": (2, None)}
@@ -46,7 +48,7 @@ _REQUEST: Schema = {
     "type": (1, None), "opts": (2, _OPTIONS), "notify_success": (3, None), "features": (5, _FEATURES),
 }
 # What of an answer is read: field numbers.
-_TYPE, _SUCCESS, _NOTIFY, _ERRNO, _FEATURES_ANSWER, _MESSAGE, _VERSION = 1, 2, 5, 7, 8, 9, 10
+_TYPE, _SUCCESS, _NOTIFY, _ERRNO, _FEATURES_ANSWER, _VERSION = 1, 2, 5, 7, 8, 10
 _LIMIT = 1 << 16
 
 
@@ -59,7 +61,7 @@ def encode(schema: Schema, fields: Fields) -> bytes:
             if isinstance(item, int):
                 parts.append(_varint(number << 3) + _varint(item))
             else:
-                data = encode(inner, item) if inner is not None else os.fsencode(item)
+                data = encode(inner, item) if inner is not None else os.fsencode(item)  # type: ignore[arg-type]
                 parts.append(_varint(number << 3 | 2) + _varint(len(data)) + data)
     return b"".join(parts)
 
@@ -113,7 +115,7 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
 class Answer:
     """An answer: `kind` as in the request, or NOTIFY with the `script`'s name, the `pid` and `fds` that came with it."""
 
-    __slots__ = ("errno", "fds", "features", "kind", "message", "pid", "script", "success", "version")
+    __slots__ = ("errno", "fds", "features", "kind", "pid", "script", "success", "version")
 
     def __init__(self, data: bytes, fds: list[int]) -> None:
         fields = decode(data)
@@ -121,7 +123,6 @@ class Answer:
         self.kind = _number(fields, _TYPE)
         self.success = bool(_number(fields, _SUCCESS))
         self.errno = _number(fields, _ERRNO)
-        self.message = _bytes(fields, _MESSAGE).decode(errors="replace")
         notify = decode(_bytes(fields, _NOTIFY))
         self.script = _bytes(notify, 1).decode(errors="replace")
         self.pid = _number(notify, 2)
@@ -174,8 +175,7 @@ class Connection:
             answer = self._receive()
             if not answer.success:
                 kind = KINDS.get(answer.kind, str(answer.kind))
-                said = f": {answer.message}" if answer.message else ""
-                raise BoxshipError(f"criu failed: type {kind} errno {answer.errno}{said}")
+                raise BoxshipError(f"criu failed: type {kind} errno {answer.errno}")
             yield answer
             for fd in answer.fds:
                 os.close(fd)

@@ -12,6 +12,7 @@ Spec: runtime-spec 1.3.0, runtime.md "State".
         start.json               what the last operations of init are called, for `start` to say which one failed
         cgroup                   empty; from when create found the control group unused until `creating` ends: it is ours to kill
         notify/                  the container's side of the notify socket, if any
+        criu-root/               while a restore is under way: an empty mount point
 
 Lock order: a command that changes a container holds flock(2) on ID/ from before it reads the record until it ends;
 `state`, `list` and `kill` read without, since the record is only ever replaced as a whole.
@@ -334,14 +335,15 @@ def open_container(context: Context, container_id: str, *, lock: bool = False) -
 
 def discard(container: Container) -> None:
     """Remove the folder: the id is free again. What it describes must be gone before."""
-    for folder in ("notify", ""):
+    folders = ("notify", "criu-root")
+    for folder in (*folders, ""):
         path = f"{container.path}/{folder}" if folder else container.path
         try:
             names = os.listdir(path)
         except FileNotFoundError:
             continue
         for name in names:
-            if name == "notify":
+            if name in folders:
                 continue
             os.unlink(f"{path}/{name}")
             failpoint.hit("delete.file")

@@ -444,9 +444,9 @@ def _serve_one(conn: _socket.socket, identity: list[object]) -> int:
     os.close(strings)
     argv = [os.fsdecode(part) for part in text[:argc]]
     environ = dict(part.split("=", 1) for part in map(os.fsdecode, text[argc : argc + envc]) if "=" in part)
-    if "restore" in argv or "NOTIFY_SOCKET" in environ:
-        # To be done by the caller's own kin: CRIU makes the container's init its own child, and a service manager knows
-        # its services by the pid and the cgroup that a message comes from.
+    if "restore" in argv or "checkpoint" in argv or "NOTIFY_SOCKET" in environ:
+        # To be done by the caller's own kin: CRIU makes the container's init a child of who started it (and may be told
+        # of a descriptor by its number), and a service manager knows its services by the pid of who sends a message.
         return 0
     os.umask(umask)
     os.fchdir(folder)

@@ -279,20 +279,20 @@ def spec(call: Invocation, p: Parsed) -> int:
 
 def checkpoint(call: Invocation, p: Parsed) -> int:
     """`boxrun checkpoint`."""
-    from boxship.runtime import checkpoint as criu
+    from boxship.runtime import checkpoint as saving
 
-    criu.checkpoint(call.context, p.args[0], criu.options_of(call, p))
+    saving.checkpoint(call.context, p.args[0], saving.options_of(call, p))
     return 0
 
 
 def restore(call: Invocation, p: Parsed) -> int:
     """`boxrun restore`."""
-    from boxship.runtime import checkpoint as criu
+    from boxship.runtime import checkpoint as saving
 
     create_options = CreateOptions(
         call.path(p.text("pid-file")) if p.text("pid-file") else "",
         call.path(p.text("console-socket")) if p.text("console-socket") else "", no_pivot=p.yes("no-pivot"),
     )
-    return criu.restore(
-        call.context, p.args[0], _bundle(call, p), create_options, criu.options_of(call, p), detach=p.yes("detach")
+    return saving.restore(
+        call.context, p.args[0], _bundle(call, p), create_options, saving.options_of(call, p), detach=p.yes("detach")
     )
