@@ -190,7 +190,8 @@ def _copy_entry(name: str, source: int, destination: int) -> None:
         read = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=source)
         write = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=destination)
         try:
-            while os.copy_file_range(read, write, 1 << 24):
+            # Not copy_file_range(2), which refuses to copy from one kind of file system to another.
+            while os.sendfile(write, read, None, 1 << 24):
                 pass
             _copy_attributes(info, write)
         finally:
