@@ -355,6 +355,10 @@ class Remote:
                 raise
         return self._pid
 
+    def settle(self) -> None:
+        """Have the promise of a pid kept, if it was not yet. Raises OSError."""
+        self.pid  # noqa: B018
+
     @pid.setter
     def pid(self, pid: int) -> None:
         self._pid = pid

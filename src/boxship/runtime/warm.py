@@ -64,9 +64,14 @@ class Caller:
         self.conn = conn
         self.stdio = stdio
         self.pid = pid
+        self._spawning: remote.Remote | None = None
 
     def ask(self, what: int, a: int = 0, b: int = 0, fds: Sequence[int] = ()) -> None:
         """Send a word. Raises CallerGone."""
+        if self._spawning is not None:
+            # Answers come in the order of the questions: take the one that is still to come.
+            spawning, self._spawning = self._spawning, None
+            spawning.settle()
         rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, Struct(f"={len(fds)}i").pack(*fds))] if fds else []
         try:
             self.conn.sendmsg([_WORD.pack(what, a, b, 0)], rights)
@@ -100,12 +105,14 @@ class Caller:
 
         def promise() -> int:
             # The caller clones while we think about what to tell its child.
+            self._spawning = None
             _, pid, _, _ = self.answer()
             if pid < 0:
                 raise OSError(-pid, os.strerror(-pid), f"clone {name}")
             return pid
 
-        return remote.Remote(promise, ours, memory)
+        self._spawning = remote.Remote(promise, ours, memory)
+        return self._spawning
 
     def wait(self, pid: int) -> int:
         """See `Parent`."""
