@@ -355,13 +355,13 @@ class Remote:
                 raise
         return self._pid
 
-    def settle(self) -> None:
-        """Have the promise of a pid kept, if it was not yet. Raises OSError."""
-        self.pid  # noqa: B018
-
     @pid.setter
     def pid(self, pid: int) -> None:
         self._pid = pid
+
+    def settle(self) -> None:
+        """Have the promise of a pid kept, if it was not yet. Raises OSError."""
+        self.pid  # noqa: B018
 
     def close(self) -> None:
         """Let go: a remote process that waits for a program exits."""
@@ -377,7 +377,8 @@ class Remote:
         """Start `program` without waiting for its answer; `fds` arrive in the registers `received(0)` and following."""
         image = program.image()
         if len(image) > SIZE - 4096:
-            raise InvalidArgument(f"arguments, environment or paths of {len(image)} bytes are more than the {SIZE} that init takes")
+            what = f"arguments, environment or paths of {len(image)} bytes"
+            raise InvalidArgument(f"{what} are more than the {SIZE} that init takes")
         written = 0
         while written < len(image):
             written += os.pwrite(self.memory, image[written:] if written else image, written)

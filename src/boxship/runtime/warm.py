@@ -44,7 +44,8 @@ _IN_CHANGES = 0x8 | 0x40 | 0x80 | 0x200  # IN_CLOSE_WRITE, IN_MOVED_FROM, IN_MOV
 _SPAWN, _WAIT, _FDS, _ATTEND, _EXIT = 1, 2, 3, 4, 5
 _REPLY, _WINDOW, _ENDED = 0, 1, 2
 _FIELDS = (
-    b"\nUid:", b"\nGid:", b"\nGroups:", b"\nCapInh:", b"\nCapPrm:", b"\nCapEff:", b"\nCapBnd:", b"\nCapAmb:", b"\nNoNewPrivs:", b"\nSeccomp:",
+    b"\nUid:", b"\nGid:", b"\nGroups:", b"\nCapInh:", b"\nCapPrm:", b"\nCapEff:", b"\nCapBnd:", b"\nCapAmb:",
+    b"\nNoNewPrivs:", b"\nSeccomp:",
 )
 _SO_PEERPIDFD = 77
 _KINDS = ("mnt", "pid", "net", "user", "uts", "ipc", "cgroup", "time")
