@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.machine import Bundle, Look, Machine
 
 import boxship
+from support.machine import Bundle, Look, Machine
 
 SOURCE = Path(boxship.__file__).parent / "runtime"
 STATES = {"creating", "created", "running", "stopped", "paused"}
@@ -41,9 +41,7 @@ def user_namespace(bundle: Bundle) -> None:
 def everything(bundle: Bundle) -> None:
     """Hooks on every occasion, seccomp, devices, a volume, limits, a cgroup namespace; own path for the group."""
     hook = [{"path": "/bin/true"}]
-    bundle.spec["hooks"] = {
-        kind: hook for kind in ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
-    }
+    bundle.spec["hooks"] = dict.fromkeys(("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"), hook)
     bundle.spec["hooks"]["startContainer"] = [{"path": "/bin/true"}]  # type: ignore[index]
     bundle.linux["namespaces"].append({"type": "cgroup"})  # type: ignore[attr-defined]
     bundle.linux["resources"] = {"pids": {"limit": 50}, "memory": {"limit": 1 << 28}, "devices": [{"allow": False, "access": "rwm"}]}
@@ -240,11 +238,11 @@ def test_killed_at_any_moment_of_its_making_a_container_can_be_deleted(
     length = min(length_of(machine, path, warm) for _ in range(3))
     random.seed(f"{victim}{variant.__name__}")
     killed = 0
-    for round in range(30 if warm else 12):
+    for turn in range(30 if warm else 12):
         if warm:
             machine.warm_up()
         container = machine.name()
-        command = ["create"] if round % 2 else ["run", "-d"]
+        command = ["create"] if turn % 2 else ["run", "-d"]
         begun = machine.begin(*command, "-b", path, container, warm=warm)
         time.sleep(random.uniform(0, length * 1.2))
         if victim in ("worker", "both"):
@@ -254,7 +252,7 @@ def test_killed_at_any_moment_of_its_making_a_container_can_be_deleted(
         done = begun.wait()
         killed += done.code != 0
         assert "Traceback" not in done.err
-        check(machine, container, before, (round, done))
+        check(machine, container, before, (turn, done))
     assert killed > 2, "some were hit before they were through"
 
 
@@ -270,7 +268,7 @@ def test_killed_at_any_moment_a_command_leaves_a_container_that_can_be_deleted(
     warm = victim != "cold"
     before = machine.look()
     random.seed(f"{victim}{command}")
-    for round in range(16 if warm else 7):
+    for turn in range(16 if warm else 7):
         container = machine.name()
         machine.ok(*(["create"] if command == "start" else ["run", "-d"]), "-b", path, container)
         if warm:
@@ -280,7 +278,7 @@ def test_killed_at_any_moment_a_command_leaves_a_container_that_can_be_deleted(
         time.sleep(random.uniform(0, 0.02 if warm else 0.15))
         _kill(machine.warm_workers() if victim == "worker" else [begun.pid])
         begun.wait()
-        check(machine, container, before, (round, victim))
+        check(machine, container, before, (turn, victim))
 
 
 def test_the_server_killed_in_the_middle_of_a_command_is_not_missed(machine: Machine, bundle: Bundle) -> None:
@@ -288,16 +286,16 @@ def test_the_server_killed_in_the_middle_of_a_command_is_not_missed(machine: Mac
     path = bundle.write()
     before = machine.look()
     random.seed("server")
-    for round in range(15):
+    for turn in range(15):
         machine.warm_up()
         container = machine.name()
         begun = machine.begin("create", "-b", path, container)
         time.sleep(random.uniform(0, 0.02))
         _kill([machine.warm_server()])
         done = begun.wait()
-        assert done.code == 0, (round, done)
+        assert done.code == 0, (turn, done)
         assert machine.state(container)["status"] == "created"
-        check(machine, container, before, round)
+        check(machine, container, before, turn)
 
 
 def _kill(pids: list[int]) -> None:
