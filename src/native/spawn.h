@@ -42,11 +42,11 @@ static int spawn_child(void *argument)
 	/* First out of the way of the low numbers, then into place. */
 	int high[SPAWN_MAX_FDS];
 	for (int i = 0; i < plan->fd_count; i++) {
-		high[i] = (int)syscall(SYS_fcntl, plan->fds[i], F_DUPFD_CLOEXEC, 64);
+		high[i] = (int)syscall(SYS_fcntl, plan->fds[i], F_DUPFD_CLOEXEC, plan->fd_count);
 		if (high[i] < 0)
 			goto fail;
 	}
-	int exe = (int)syscall(SYS_fcntl, plan->exe, F_DUPFD_CLOEXEC, 64);
+	int exe = (int)syscall(SYS_fcntl, plan->exe, F_DUPFD_CLOEXEC, plan->fd_count);
 	if (exe < 0)
 		goto fail;
 	for (int i = 0; i < plan->fd_count; i++)

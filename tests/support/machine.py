@@ -244,7 +244,7 @@ class Machine:
         states: list[str] = []
         for folder in (f"{self.root}/run/boxship/boxrun", f"{self.root}/run"):
             try:
-                states += [f"{folder}/{name}" for name in os.listdir(folder) if name not in ("@seccomp", "boxship")]
+                states += [f"{folder}/{name}" for name in os.listdir(folder) if name not in ("@seccomp", "boxship", "mount")]
             except FileNotFoundError:
                 pass
         return Look(mounts, list(our_cgroups()), processes, states)

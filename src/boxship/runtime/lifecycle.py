@@ -202,6 +202,13 @@ def delete(context: Context, container_id: str, *, force: bool = False) -> None:
         if force:
             return
         raise
+    except state.Damaged as error:
+        if not force:
+            raise
+        context.warn(f"{error}: processes and control groups of {container_id}, if there are any, stay")
+        with open_container(context, container_id, lock=True, load=False) as container:
+            state.discard(container)
+        return
     with container:
         status = container.status()
         if status not in (state.STOPPED, state.CREATED) and not force:
@@ -312,6 +319,8 @@ def list_containers(context: Context) -> list[Container]:
             found.append(open_container(context, container_id))
         except state.DoesNotExist:
             continue  # deleted meanwhile
+        except state.Damaged as error:
+            context.warn(str(error))
     return found
 
 

@@ -54,6 +54,19 @@ class DoesNotExist(NotFound):
         super().__init__("container does not exist")
 
 
+class Damaged(BoxshipError):
+    """state.json is not as `Container.save` wrote it: the machine crashed, or somebody edited it."""
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(f"{path}/state.json is damaged: {why}", "delete --force removes the record")
+
+
+_RECORD: dict[str, type] = {
+    "ociVersion": str, "pid": int, "pidStart": int, "bundle": str, "rootfs": str, "created": str, "owner": int,
+    "annotations": dict, "cgroup": dict, "namespaces": dict, "creating": bool, "rootless": bool, "noPivot": bool,
+}
+
+
 def check_id(container_id: str) -> None:
     """Refuse what is not a container id: letters, digits and "_+-.", neither "." nor ".."."""
     if not container_id:
@@ -158,14 +171,20 @@ class Container:
         write_atomic("state.json", text.dumps(self.record()).encode(), dir_fd=self.fd)
 
     def load(self) -> None:
-        """Read state.json; a folder without one belonged to a create that was killed at its very start."""
+        """Read state.json; a folder without one belonged to a create that was killed at its very start. Raises Damaged."""
         try:
             data = read_all("state.json", dir_fd=self.fd)
         except FileNotFoundError:
             return
-        record = text.loads(data, "state.json")
+        try:
+            record = text.loads(data, "state.json")
+        except InvalidArgument as error:
+            raise Damaged(self.path, str(error)) from None
         if not isinstance(record, dict):
-            raise BoxshipError(f"{self.path}/state.json is damaged: not an object", "delete --force removes it")
+            raise Damaged(self.path, "not an object")
+        for key, kind in _RECORD.items():
+            if type(record.get(key)) is not kind:
+                raise Damaged(self.path, f"{key} is missing or of another type")
         self.oci_version = record["ociVersion"]
         self.pid, self.pid_start = record["pid"], record["pidStart"]
         self.bundle, self.rootfs, self.created = record["bundle"], record["rootfs"], record["created"]
@@ -312,8 +331,11 @@ def make(context: Context, container_id: str) -> Container:
     return Container(context, container_id, path, fd)
 
 
-def open_container(context: Context, container_id: str, *, lock: bool = False) -> Container:
-    """The container of that id; with `lock`, after every other command on it has ended. Raises DoesNotExist."""
+def open_container(context: Context, container_id: str, *, lock: bool = False, load: bool = True) -> Container:
+    """The container of that id; with `lock`, after every other command on it has ended. Raises DoesNotExist, Damaged.
+
+    Without `load` only its folder is known.
+    """
     check_id(container_id)
     path = os.path.join(context.root, container_id)
     try:
@@ -326,30 +348,47 @@ def open_container(context: Context, container_id: str, *, lock: bool = False) -
             _lock(fd)
             if os.fstat(fd).st_nlink == 0:
                 raise DoesNotExist  # deleted while we waited
-        container.load()
+        if load:
+            container.load()
     except BaseException:
         container.close()
         raise
     return container
 
 
+_FILES = ("state.json", "config.json", "exec.fifo", "start.json", "cgroup")
+_FOLDERS = ("notify", "criu-root")
+
+
 def discard(container: Container) -> None:
-    """Remove the folder: the id is free again. What it describes must be gone before."""
-    folders = ("notify", "criu-root")
-    for folder in (*folders, ""):
+    """Remove the folder: the id is free again. What it describes must be gone before.
+
+    The usual case takes no descriptor: there may be none left.
+    """
+    for name in _FILES:
+        try:
+            os.unlink(name, dir_fd=container.fd)
+        except FileNotFoundError:
+            continue
+        # state.json went first, so a kill here leaves a folder that tells nothing, which delete --force takes.
+        failpoint.hit("delete.file")
+    try:
+        os.rmdir(container.path)
+        return
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+    for folder in (*_FOLDERS, ""):
         path = f"{container.path}/{folder}" if folder else container.path
         try:
             names = os.listdir(path)
         except FileNotFoundError:
             continue
         for name in names:
-            if name in folders:
-                continue
-            os.unlink(f"{path}/{name}")
-            failpoint.hit("delete.file")
+            if name not in _FOLDERS:
+                os.unlink(f"{path}/{name}")
         if folder:
             os.rmdir(path)
-    # state.json went with the rest, so a kill between here and there leaves an empty folder that delete --force takes.
     os.rmdir(container.path)
 
 

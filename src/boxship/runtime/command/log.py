@@ -38,7 +38,10 @@ class Log:
             line = text.dumps({"level": level, "msg": message, "time": time})
         else:
             line = f"time={_quote(time)} level={level} msg={_quote(message)}"
-        write_all(self.fd, line.encode(errors="surrogateescape") + b"\n")
+        try:
+            write_all(self.fd, line.encode(errors="surrogateescape") + b"\n")
+        except OSError:
+            pass  # a full disk under the log is no reason to fail what is logged
 
     def fatal(self, message: str) -> None:
         """The error that ends the command: to the log, and to the user where the log is a file."""
