@@ -72,10 +72,10 @@ def test_of_starts_exactly_one_succeeds(machine: Machine, path: str) -> None:
 
 def test_of_deletes_exactly_one_finds_the_container(machine: Machine, path: str) -> None:
     """Without force the others say that there is none; with force they are content."""
-    for round in range(ROUNDS):
+    for turn in range(ROUNDS):
         container = machine.name()
         machine.ok("create", "-b", path, container)
-        force = ["--force"] if round % 2 else []
+        force = ["--force"] if turn % 2 else []
         done = together(machine, *([["delete", *force, container]] * 4))
         assert sorted(one.code for one in done) == ([0, 0, 0, 0] if force else [0, 1, 1, 1]), done
         assert all("does not exist" in one.err for one in done if one.code)
@@ -84,10 +84,10 @@ def test_of_deletes_exactly_one_finds_the_container(machine: Machine, path: str)
 def test_a_container_created_while_it_is_deleted_is_whole_or_gone(machine: Machine, path: str) -> None:
     """`delete --force` in the middle of `create` waits for it, or comes before it."""
     before = machine.look()
-    for round in range(ROUNDS * 2):
+    for turn in range(ROUNDS * 2):
         container = machine.name()
         commands = [["create", "-b", path, container], ["delete", "--force", container]]
-        if round % 3 == 0:
+        if turn % 3 == 0:
             commands.reverse()
         done = together(machine, *commands)
         state = machine("state", container)
