@@ -46,8 +46,9 @@ if ! test -e /sys/fs/cgroup/cgroup.procs; then
 fi
 "$0" "$@"
 status=$?
-# A hierarchy lives on after its mount while it has a child.
+# A hierarchy lives on after its mount while it has a child; and runtimes leave the parents of the programs' groups.
 test -z "$added" || find $added -mindepth 1 -depth -type d -exec rmdir {} + 2>/dev/null
+find /sys/fs/cgroup/*/testdir /sys/fs/cgroup/*/cgrouptest -depth -type d -exec rmdir {} + 2>/dev/null
 exit $status
 """
 
