@@ -88,7 +88,7 @@ SWAP = r"""
 #include <fcntl.h>
 #include <unistd.h>
 #include <sys/stat.h>
-/* swap DIR VICTIM: DIR/console is a file, a link to VICTIM, a folder, nothing, a FIFO, and again. */
+/* swap DIR VICTIM MISSING: DIR/console is a file, a link to VICTIM, one to MISSING, nothing, a FIFO, and again. */
 int main(int argc, char **argv)
 {
 	int dir = open(argv[1], O_PATH | O_DIRECTORY);
@@ -96,7 +96,7 @@ int main(int argc, char **argv)
 		close(openat(dir, "new", O_CREAT | O_RDWR, 0666));
 		renameat(dir, "new", dir, "console");
 		usleep(i % 83);
-		symlinkat(argv[2], dir, "new");
+		symlinkat(argv[2 + i % 2], dir, "new");
 		renameat(dir, "new", dir, "console");
 		usleep(i % 97);
 		if (i % 5 == 0) {
@@ -132,7 +132,8 @@ def test_the_console_is_bound_to_no_path_that_somebody_exchanges(machine: Machin
     bundle.process["user"] = {"uid": 4242, "gid": 4242}
     bundle.shell("echo hello; tty")
     path = bundle.write()
-    swapping = subprocess.Popen([compile_c(SWAP), bundle.rootfs / "dev", os.path.relpath(victim, bundle.rootfs / "dev")])
+    up = os.path.relpath(victim, bundle.rootfs / "dev")
+    swapping = subprocess.Popen([compile_c(SWAP), bundle.rootfs / "dev", up, f"{up}-missing"])
     started = 0
     try:
         for _ in range(40):
@@ -143,6 +144,7 @@ def test_the_console_is_bound_to_no_path_that_somebody_exchanges(machine: Machin
         swapping.kill()
         swapping.wait()
     assert started
+    assert sorted(p.name for p in victim.parent.iterdir()) == ["bundle", "victim"]
 
 
 @pytest.mark.parametrize("ptmx", ["file", "link-out", "fifo", "null", "link-self", "folder", "missing"])
