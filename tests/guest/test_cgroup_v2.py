@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from boxship.linux.cgroups.arrangement import Arrangement, parse_mountinfo
 from support.boxrun import CGROUP, Boxrun, eventually, gone, make_rootless, membership, read
 from support.machine import Bundle
 
@@ -255,6 +256,8 @@ def test_without_a_cgroup_namespace_the_whole_hierarchy_is_shown(boxrun: Boxrun,
     where = boxrun.shell(name, "cat /proc/self/cgroup").strip()
     assert where == f"0::/{boxrun.cgroup(name).relative_to(CGROUP)}"
     assert boxrun.shell(name, f"cat /sys/fs/cgroup/{name}/pids.max").strip() == "18"
+    # A cgroup2 file system has one set of options, and a mount from the first namespace sets them.
+    assert "nsdelegate" in arrangement_now().unified_options
 
 
 def test_the_path_is_as_the_configuration_says(boxrun: Boxrun, bundle: Bundle) -> None:
@@ -366,3 +369,8 @@ def rootless_boxrun() -> Boxrun:
     folder.chmod(0o700)
     return runtime
 
+
+
+def arrangement_now() -> Arrangement:
+    """How cgroups are mounted at this moment."""
+    return parse_mountinfo(Path("/proc/self/mountinfo").read_text())

@@ -457,9 +457,10 @@ class Story:
         from boxship.linux.cgroups.arrangement import arrangement
 
         own_ns = "cgroup" in self.new or "cgroup" in self.joined
-        if arrangement().pure_v2:
+        machine = arrangement()
+        if machine.pure_v2:
             path = self.cgroup.v2_path if self.cgroup else ""
-            self.fs.cgroup_v2(mount, options, path or "/sys/fs/cgroup")
+            self.fs.cgroup_v2(mount, options, path or "/sys/fs/cgroup", [] if own_ns else machine.unified_options)
         else:
             listed = self.cgroup.v1_mounts() if self.cgroup else []
             self.fs.cgroup_v1(mount, options, listed, own_ns=own_ns)

@@ -454,8 +454,11 @@ class Rootfs:
             self.read_only(mount.destination)
         p.context = ""
 
-    def cgroup_v2(self, mount: Mount, options: mounts.Options, fallback: str) -> None:
-        """cgroup2, or where the kernel refuses (a user namespace without a cgroup namespace) `fallback` bound read as asked."""
+    def cgroup_v2(self, mount: Mount, options: mounts.Options, fallback: str, machine_options: list[str]) -> None:
+        """cgroup2, or where the kernel refuses (a user namespace without a cgroup namespace) `fallback` bound read as asked.
+
+        `machine_options`: what the machine's own mount has and must keep; empty for a cgroup namespace, which cannot change it.
+        """
         p = self.p
         path = inside(mount.destination)
         p.context = f'error mounting "{mount.source or "cgroup"}" to rootfs at "{mount.destination}": '
@@ -468,6 +471,8 @@ class Rootfs:
         for key, value in mounts.split_data(options.data):
             if value is None:
                 p.call(sc.FSCONFIG, context, m.FSCONFIG_SET_FLAG, key, 0, 0, on_err=NEXT)
+        for key in machine_options:
+            p.call(sc.FSCONFIG, context, m.FSCONFIG_SET_FLAG, key, 0, 0, on_err=NEXT)
         p.call(sc.FSCONFIG, context, m.FSCONFIG_CMD_CREATE, 0, 0, 0, on_err=refused)
         attributes = mounts.mount_attributes(options.flags)
         p.call(sc.FSMOUNT, context, m.FSMOUNT_CLOEXEC, attributes, dst=mounted, on_ok=done, on_err=refused)

@@ -55,15 +55,18 @@ class Arrangement:
         hierarchies: v1's, in the order of mounting.
         unified: the v2 mount point, "" without; it holds controllers only if there is no v1 hierarchy.
         unified_root: the group mounted there.
+        unified_options: of the v2 file system, for example "nsdelegate". A mount without them, from the first cgroup
+            namespace, takes them from the machine.
     """
 
-    __slots__ = ("by_controller", "hierarchies", "unified", "unified_root")
+    __slots__ = ("by_controller", "hierarchies", "unified", "unified_options", "unified_root")
 
     def __init__(self) -> None:
         self.hierarchies: list[Hierarchy] = []
         self.by_controller: dict[str, Hierarchy] = {}
         self.unified = ""
         self.unified_root = "/"
+        self.unified_options: list[str] = []
 
     @property
     def pure_v2(self) -> bool:
@@ -92,6 +95,7 @@ def parse_mountinfo(text: str) -> Arrangement:
         if kind == "cgroup2":
             if not found.unified or mountpoint.startswith("/sys/fs/cgroup"):
                 found.unified, found.unified_root = mountpoint, root
+                found.unified_options = [word for word in options.split(",") if word not in ("rw", "ro", "seclabel")]
         elif kind == "cgroup":
             words = options.split(",")
             names = [word for word in words if word in _KNOWN or word.startswith("name=")]
