@@ -7,6 +7,7 @@ report after the other. In the guest the same files are ordinary tests. A test w
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,6 +76,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 if IN_GUEST:
+    if json.loads(ORDER.read_text())["runtime"]:
+        os.environ["BOXSHIP_GUEST_RUNTIME"] = json.loads(ORDER.read_text())["runtime"]
     _answers = open(ANSWERS, "w", buffering=1)
 
     def _answer(config: pytest.Config, report: pytest.CollectReport | pytest.TestReport) -> None:

@@ -28,7 +28,7 @@ SUITE, MIRROR = "bookworm", "http://deb.debian.org/debian"
 PYTHON = "python3.11"
 PACKAGES = (
     "systemd", "dbus", "dbus-user-session", "libpam-systemd", "python3", "libseccomp2", "uidmap", "busybox-static", "criu",
-    "procps", "kmod", "e2fsprogs", "iproute2", "runc",
+    "iptables", "procps", "kmod", "e2fsprogs", "iproute2", "runc",
 )
 KERNEL = "linux-image-cloud-amd64"
 TOOLS = {"qemu-system-x86_64": "qemu-system-x86", "mmdebstrap": "mmdebstrap", "mke2fs": "e2fsprogs", "dpkg-deb": "dpkg"}
@@ -241,7 +241,7 @@ def _pack(folder: Path, lane: str, wanted: list[str]) -> None:
     (folder / "project").mkdir()
     shutil.copytree(PROJECT / "tests", folder / "project/tests", ignore=ignore)
     shutil.copy(PROJECT / "pyproject.toml", folder / "project")
-    (folder / "wanted.json").write_text(json.dumps({"lane": lane, "tests": wanted}))
+    (folder / "wanted.json").write_text(json.dumps({"lane": lane, "tests": wanted, "runtime": os.environ.get("BOXSHIP_GUEST_RUNTIME", "")}))
     for name, text in (("run", _RUN), ("init", _INIT[lane])):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
