@@ -139,25 +139,25 @@ def _page_server(value: str) -> tuple[str, int] | None:
 
 
 class _Folders:
-    """The folders that CRIU works in, open for the length of a request; `log` is the path of its log."""
+    """The folders that CRIU works in, by the option that takes a descriptor of each; `log` is the path of its log."""
 
     def __init__(self, options: Options, log: str) -> None:
         self.fields: dict[str, object] = {"log_level": _LOG_LEVEL, "log_file": log}
-        self._fds: list[int] = []
+        self.paths = {"images_dir_fd": options.images}
+        if options.work:
+            os.makedirs(options.work, 0o700, exist_ok=True)
+            self.paths["work_dir_fd"] = options.work
         self.log = os.path.join(options.work or options.images, log)
-        try:
-            self._open("images_dir_fd", options.images)
-            if options.work:
-                os.makedirs(options.work, 0o700, exist_ok=True)
-                self._open("work_dir_fd", options.work)
-        except BaseException:
-            self.close()
-            raise
+        self._fds: list[int] = []
 
-    def _open(self, field: str, path: str) -> None:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._fds.append(fd)
-        self.fields[field] = fd
+    def take(self, fds: list[int]) -> dict[str, object]:
+        """The options, with these descriptors of the folders; they are closed by `close`."""
+        self._fds += fds
+        return self.fields | dict(zip(self.paths, fds, strict=True))
+
+    def open(self) -> dict[str, object]:
+        """The options, with descriptors opened here. Raises OSError."""
+        return self.take([os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) for path in self.paths.values()])
 
     def close(self) -> None:
         for fd in self._fds:
@@ -275,7 +275,7 @@ def checkpoint(context: Context, container_id: str, options: Options) -> None:
         _check_version(context)
         folders = _Folders(options, "dump.log")
         try:
-            request = _dump_request(context, container, options) | folders.fields
+            request = _dump_request(context, container, options) | folders.open()
             keep = _status_fd(context, options)
             service = criu.Service(context.environ)
 
@@ -467,9 +467,9 @@ class _Restoring:
             _check_version(self.context)
         folders = _Folders(self.options, "restore.log")
         try:
-            request = self._request() | folders.fields
+            request = self._request()
             self._make_mount_points()
-            self._start(request)
+            self._start(request, folders)
             try:
                 self._converse(request)
             except BoxshipError as error:
@@ -589,7 +589,7 @@ class _Restoring:
 
     # --- CRIU ----------------------------------------------------------------------------------------------------
 
-    def _start(self, request: dict[str, object]) -> None:
+    def _start(self, request: dict[str, object], folders: _Folders) -> None:
         """Have CRIU run in the container's control groups, and where the root file system is a mount of its own."""
         context, container, made = self.context, self.container, self.made
         program = criu.find(context.environ)
@@ -617,7 +617,14 @@ class _Restoring:
             p.call(sc.OPEN_TREE, m.AT_FDCWD, container.rootfs, flags, dst=tree, what=f"open {container.rootfs}")
             where = f"{container.path}/{ROOT}"
             p.call(sc.MOVE_MOUNT, tree, "", m.AT_FDCWD, where, m.MOVE_MOUNT_F_EMPTY_PATH, what=f"mount {where}")
+            for path in folders.paths.values():
+                # Not ours: CRIU makes mounts in its working folder, and can do so only in its own mount namespace.
+                fd = p.new()
+                p.call(sc.OPENAT, m.AT_FDCWD, path, os.O_RDONLY | m.O_DIRECTORY | m.O_CLOEXEC, dst=fd, what=f"open {path}")
+                p.send_descriptor(fd, f"send {path}")
             story.perform()
+            request |= folders.take(story.remote.descriptors)
+            story.remote.descriptors = []
             request["cg_root"] = list(_cgroup_roots(self.criu))
             story.preserve_fds = [self.connection.theirs, *self.handed]
             story.pass_descriptors()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from support.machine import Bundle, Machine, bundle, machine, nothing_is_left, reap  # noqa: F401
+from support.machine import Bundle, Machine, bundle, machine, nothing_is_left  # noqa: F401
 
 
 @pytest.fixture(params=["warm", "cold"])
@@ -23,12 +23,7 @@ def box(machine: Machine) -> Iterator[str]:  # noqa: F811
     """An id for a container, which is deleted after the test."""
     name = machine.name()
     yield name
-    command = machine.begin("delete", "--force", name)
-    while command.process.poll() is None:
-        # The parent of what a detached exec left is outside the pid namespace, whose init cannot end before it is reaped.
-        reap()
-        time.sleep(0.01)
-    done = command.wait()
+    done = machine("delete", "--force", name)
     assert done.code == 0, done
 
 
