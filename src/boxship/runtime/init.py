@@ -109,7 +109,8 @@ class Story:
         self.executor = -1
         self.joined_user = False
         self._in_flight = False
-        self._to_learn: list[Callable[[], None]] = []
+        self._to_learn: list[Callable[[], None]] = []  # from the program that is being written
+        self._learning: list[Callable[[], None]] = []  # from the one that init carries out
         self.p = Program()
         self.fds: list[int] = []
         self._opened: list[int] = []
@@ -160,6 +161,7 @@ class Story:
         self.p.end()
         self.remote.send(self.p, self.fds)
         self._in_flight = True
+        self._learning, self._to_learn = self._to_learn, []
         self.p = Program()
         self.fds = []
         self.fs.use(self.p)
@@ -168,9 +170,8 @@ class Story:
         """Wait until init came to the end of what it was told. Raises RemoteError, RemoteGone."""
         if self._in_flight:
             self.answer()
-            for learn in self._to_learn:
+            for learn in self._learning:
                 learn()
-            self._to_learn = []
 
     def answer(self) -> int:
         """The next answer to the program that was sent last, see `Remote.wait`."""
