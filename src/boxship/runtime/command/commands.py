@@ -287,12 +287,13 @@ def checkpoint(call: Invocation, p: Parsed) -> int:
 
 def restore(call: Invocation, p: Parsed) -> int:
     """`boxrun restore`."""
-    from boxship.runtime import checkpoint as saving
+    from boxship.runtime import restore as reviving
+    from boxship.runtime.checkpoint import options_of
 
     create_options = CreateOptions(
         call.path(p.text("pid-file")) if p.text("pid-file") else "",
         call.path(p.text("console-socket")) if p.text("console-socket") else "", no_pivot=p.yes("no-pivot"),
     )
-    return saving.restore(
-        call.context, p.args[0], _bundle(call, p), create_options, saving.options_of(call, p), detach=p.yes("detach")
+    return reviving.restore(
+        call.context, p.args[0], _bundle(call, p), create_options, options_of(call, p), detach=p.yes("detach")
     )
