@@ -38,9 +38,9 @@ def private_mounts() -> None:
         raise OSError(ctypes.get_errno(), "unshare")
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
     folder = Path("/sys/fs/cgroup/hugetlb")
-    if not Path("/sys/fs/cgroup/cgroup.controllers").exists() and not folder.exists():
+    if not Path("/sys/fs/cgroup/cgroup.controllers").exists() and not os.path.ismount(folder):
         try:
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)
             subprocess.run(["mount", "-t", "cgroup", "-o", "hugetlb", "cgroup", str(folder)], check=False)
         except OSError as error:
             print(f"hugetlb: {error}", file=sys.stderr)
