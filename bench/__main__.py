@@ -13,7 +13,6 @@ import argparse
 import ctypes
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -28,6 +27,24 @@ Work = Callable[[str, str], None]
 
 TRUE_C = "int main(void) { return 0; }\n"
 SLEEP_C = "#include <unistd.h>\nint main(void) { for (;;) pause(); }\n"
+PEAK_C = """#include <stdio.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+int main(int argc, char **argv)
+{
+	struct rusage usage;
+	pid_t pid = fork();
+	if (pid == 0) {
+		execv(argv[1], argv + 1);
+		_exit(127);
+	}
+	if (wait4(pid, NULL, 0, &usage) != pid)
+		return 1;
+	printf("%ld\\n", usage.ru_maxrss);
+	return 0;
+}
+"""
 CLONE_NEWNS = 0x20000
 
 
@@ -152,20 +169,16 @@ class Bench:
                 call(path, "delete", "-f", name, cwd=self.sleep)
 
     def memory(self) -> dict[str, float]:
-        """MiB of the largest process that the caller started and waited for: the runtime as its caller sees it."""
+        """MiB of the process that the caller started at its largest. A small C program starts it: a child of this
+        interpreter would be charged with the interpreter's own size.
+        """
+        tool = self.true / "peak"
+        compile_into(PEAK_C, tool)
         peaks = {}
         for name, path in self.runtimes.items():
-            reader, writer = os.pipe()
-            pid = os.fork()
-            if pid == 0:
-                call(path, "run", self.name(), cwd=self.true)
-                os.write(writer, str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss).encode())
-                os._exit(0)
-            os.waitpid(pid, 0)
-            self.serial += 1
-            peaks[name] = int(os.read(reader, 64)) / 1024
-            os.close(reader)
-            os.close(writer)
+            command = [str(tool), path, "run", self.name()]
+            done = subprocess.run(command, cwd=self.true, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True)
+            peaks[name] = int(done.stdout.split()[-1]) / 1024
         return peaks
 
     def library(self) -> list[float]:
