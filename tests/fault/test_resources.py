@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support.machine import Bundle, Done, Look, Machine
+from support.machine import Bundle, Done, Look, Machine, remove_our_cgroups
 
 
 @pytest.fixture
@@ -141,7 +141,6 @@ def test_a_damaged_record_is_told_and_deleted(machine: Machine, bundle: Bundle, 
     """After a crash of the machine a record may be empty or half: no command dies of it, and delete --force removes it."""
     container = machine.name()
     machine.ok("create", "-b", bundle.write(), container)
-    pid = machine.state(container)["pid"]
     path = Path(f"{machine.root}/run/boxship/boxrun/{container}/{file}")
     path.write_text(damage)
     for words in (["state"], ["start"], ["ps"], ["kill"], ["pause"]):
@@ -156,28 +155,7 @@ def test_a_damaged_record_is_told_and_deleted(machine: Machine, bundle: Bundle, 
     finally:
         # Where nothing tells any more what belonged to the container, nobody can find it.
         if file == "state.json":
-            _remove_by_hand(machine, container, int(str(pid)))
-
-
-def _remove_by_hand(machine: Machine, container: str, pid: int) -> None:
-    import signal
-
-    from support.machine import our_cgroups
-
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    for _ in range(100):
-        machine.look()
-        left = [path for path in our_cgroups() if path.endswith(container)]
-        for path in left:
-            try:
-                os.rmdir(path)
-            except OSError:
-                pass
-        if not left:
-            break
+            remove_our_cgroups()
 
 
 def limits(kind: int, value: int) -> object:

@@ -149,6 +149,7 @@ class Machine:
                     pass
             reap()
             time.sleep(0.01)
+        remove_our_cgroups()
         self.holder.kill()
         self.holder.wait()
         _waited.discard(self.holder.pid)
@@ -271,6 +272,23 @@ def our_cgroups() -> Iterator[str]:
             continue
         folders += below
         yield from (path for path in below if PREFIX in os.path.basename(path))
+
+
+def remove_our_cgroups() -> None:
+    """What tests that failed have left, also what is frozen."""
+    deadline = time.monotonic() + 5
+    while (left := sorted(our_cgroups(), reverse=True)) and time.monotonic() < deadline:
+        for path in left:
+            try:
+                if os.path.exists(f"{path}/freezer.state"):
+                    Path(path, "freezer.state").write_text("THAWED")
+                for pid in Path(path, "cgroup.procs").read_text().split():
+                    os.kill(int(pid), 9)
+                os.rmdir(path)
+            except OSError:
+                pass  # next time round
+        reap()
+        time.sleep(0.01)
 
 
 def _is_warm(command: str) -> bool:
