@@ -238,7 +238,7 @@ class Machine:
         with open(f"/proc/{self.holder.pid}/mountinfo") as file:
             mounts = [" ".join(line.split()[2:]) for line in file]
         below = _descendants()
-        warm = {pid for pid, _, command, _ in below if _is_warm(command)}
+        warm = {self.holder.pid} | {pid for pid, _, command, _ in below if _is_warm(command)}
         # A worker that ended stays a zombie until its server looks for it.
         ours = [entry for entry in below if entry[0] not in warm and not (entry[3] == "Z" and entry[1] in warm)]
         processes = [f"{pid} {letter} {command}" for pid, _, command, letter in ours]
