@@ -21,6 +21,7 @@ import os
 
 from boxship.abi import mount as m
 from boxship.abi import syscalls as sc
+from boxship.kit import failpoint
 from boxship.kit.errors import BoxshipError, FailedPrecondition, InvalidArgument, NotFound
 from boxship.kit.files import read_all
 from boxship.linux import criu, mounts
@@ -128,7 +129,9 @@ class _Restoring:
         try:
             request = self._request()
             self._make_mount_points()
+            failpoint.hit("restore.points")
             self._start(request, folders)
+            failpoint.hit("restore.started")
             try:
                 self._converse(request)
             except BoxshipError as error:
@@ -265,6 +268,7 @@ class _Restoring:
         try:
             story.be_born(executor())
             self.criu = story.remote.pid
+            failpoint.hit("restore.born")
             if made.cgroup is not None and made.cgroup.needs_pid:
                 made.cgroup.add(self.criu)
                 made.cgroup.apply(made.limits)
@@ -313,6 +317,7 @@ class _Restoring:
             if answer.kind == criu.NOTIFY:
                 self.context.debug(f"notify: {answer.script}")
                 self._notified(answer)
+                failpoint.hit(f"restore.{answer.script}")
         self.connection.finish()
         status = self._wait()
         if status:

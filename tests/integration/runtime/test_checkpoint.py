@@ -328,3 +328,20 @@ def test_without_criu_it_says_what_is_missing(machine: Machine, running: str, im
     refused = machine("checkpoint", "--image-path", str(images), running, env={"PATH": "/nonexistent"})
     assert refused.code == 1 and 'exec: \\"criu\\": executable file not found in $PATH' in refused.err
     assert machine.state(running)["status"] == "running"
+
+
+@pytest.mark.parametrize("point", ["points", "born", "started", "setup-namespaces", "post-restore", "pre-resume", "post-resume"])
+def test_a_restore_that_is_killed_leaves_what_delete_finds(
+    machine: Machine, counting: Bundle, box: str, images: Path, environ: dict[str, str], eventually: Ask, point: str
+) -> None:
+    outside(counting, machine, box)
+    eventually(lambda: numbers(counting))
+    machine.ok("checkpoint", "--image-path", str(images), box, env=environ)
+    killed = machine(
+        "restore", "--detach", "--image-path", str(images), "--bundle", str(counting.path), box,
+        env=environ | {"BOXSHIP_FAILPOINT": f"restore.{point}=kill"},
+    )
+    assert killed.code == -9, killed
+    state = machine("state", box)
+    assert state.code == 0, state
+    machine.ok("delete", "--force", box)
