@@ -339,8 +339,11 @@ _waited: set[int] = set()
 def reap() -> None:
     """Take the exit status of orphans that came to us."""
     for thread in os.listdir("/proc/self/task"):
-        with open(f"/proc/self/task/{thread}/children") as file:
-            orphans = {int(pid) for pid in file.read().split()} - _waited
+        try:
+            with open(f"/proc/self/task/{thread}/children") as file:
+                orphans = {int(pid) for pid in file.read().split()} - _waited
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # a thread that ended meanwhile
         for pid in orphans:
             try:
                 os.waitpid(pid, os.WNOHANG)
