@@ -77,8 +77,10 @@ def check(machine: Machine, container: str, before: Look, when: object) -> None:
     assert not left, (when, left)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.__name__)
-@pytest.mark.parametrize("command", ["create", "run"])
+@pytest.mark.parametrize(
+    ("command", "variant"), [*(("create", variant) for variant in VARIANTS), ("run", everything)],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
 def test_killed_at_each_point_of_its_making_a_container_can_be_deleted(
     machine: Machine, bundle: Bundle, command: str, variant: Callable[[Bundle], None]
 ) -> None:
@@ -151,7 +153,7 @@ def test_killed_at_each_point_exec_harms_nobody(
 
 
 @pytest.mark.parametrize("running", [False, True], ids=["created", "running"])
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.__name__)
+@pytest.mark.parametrize("variant", [everything, shared], ids=lambda v: v.__name__)
 def test_killed_at_each_point_delete_can_be_repeated(
     machine: Machine, bundle: Bundle, variant: Callable[[Bundle], None], running: bool
 ) -> None:
@@ -170,7 +172,7 @@ def test_killed_at_each_point_delete_can_be_repeated(
     assert number > 4
 
 
-@pytest.mark.parametrize("error", ["enospc", "enomem", "emfile", "eio"])
+@pytest.mark.parametrize("error", ["enospc", "emfile"])
 @pytest.mark.parametrize("variant", [plain, everything], ids=lambda v: v.__name__)
 def test_an_error_at_any_point_undoes_a_create(
     machine: Machine, bundle: Bundle, variant: Callable[[Bundle], None], error: str
@@ -184,7 +186,7 @@ def test_an_error_at_any_point_undoes_a_create(
         done = machine("create", "-b", path, container, env={"BOXSHIP_FAILPOINT": f"{point}={error}"})
         if done.code == 0:
             assert point in ("create.files", "create.hooks") and variant is plain, point
-            machine.ok("delete", container, env={})if machine.state(container)["status"] == "stopped" else machine.ok("delete", "-f", container)
+            machine.ok("delete", "--force", container)
             continue
         assert done.code == 1 and "Traceback" not in done.err and done.err.strip(), (point, done)
         left = machine.left(before)

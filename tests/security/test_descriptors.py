@@ -104,7 +104,7 @@ def test_a_hook_is_given_its_state_and_no_descriptor_more(machine: Machine, list
 def test_no_descriptor_is_a_way_to_a_working_directory_outside(machine: Machine, bundle: Bundle, through: str) -> None:
     """CVE-2024-21626: cwd is /proc/self/fd/N, or an image's link to it (WORKDIR), for every N that the runtime may use."""
     bundle.process["args"] = ["sh", "-c", "ls"]
-    for number in [*range(3, 24), 64, 512, 1000, 1001]:
+    for number in [*range(3, 20), 64, 512, 1000, 1001]:
         target = f"/proc/self/fd/{number}{'/..' if number % 2 else ''}"
         if through:
             link = bundle.rootfs / "tempting"
@@ -120,10 +120,10 @@ def test_no_descriptor_is_a_way_to_a_working_directory_outside(machine: Machine,
 def test_exec_enters_no_working_directory_outside(machine: Machine, bundle: Bundle, through: str) -> None:
     """CVE-2024-21626, `exec --cwd`: the process would sit in a folder of the host."""
     container = machine.name()
-    for number in [*range(3, 24), 64, 512, 1000, 1001]:
+    for number in [*range(3, 20), 64, 512, 1000, 1001]:
         (bundle.rootfs / f"tempting{number}").symlink_to(f"/proc/self/fd/{number}/..")
     machine.ok("run", "-d", "-b", bundle.write(), container)
-    for number in [*range(3, 24), 64, 512, 1000, 1001]:
+    for number in [*range(3, 20), 64, 512, 1000, 1001]:
         cwd = f"{through}{number}" if through else f"/proc/self/fd/{number}"
         done = machine("exec", "--cwd", cwd, container, "ls", before=open_on_the_host, close_fds=False)
         assert done.code == 255, (number, done)
@@ -142,7 +142,7 @@ def test_no_program_of_the_host_is_started_through_a_descriptor(machine: Machine
     container = machine.name()
     if command == "exec":
         machine.ok("run", "-d", "-b", bundle.write(), container)
-    for number in [*range(3, 24), 1000]:
+    for number in [*range(3, 20), 1000]:
         fd = f"/proc/self/fd/{number}"
         # Along another process's root; below the folder; and up from where the host's file system is mounted.
         for way in (f"{fd}/{me}/root{program}", f"{fd}{program}", f"{fd}/..{program}", f"{fd}/../../../..{program}"):

@@ -39,7 +39,8 @@ def test_a_container_id_is_never_a_way_to_other_folders(machine: Machine, bundle
     flags = {"create": ["-b", path], "run": ["-b", path], "delete": ["--force"]}.get(command, [])
     rest = {"exec": ["true"], "kill": ["KILL"], "update": ["--pids-limit", "10"]}.get(command, [])
     try:
-        for name in TRAVERSING:
+        names = TRAVERSING if command in ("create", "delete") else TRAVERSING[:10]
+        for name in names:
             done = machine(command, *flags, "--", name, *rest)
             refused(done, 255 if command == "exec" else 1)
         assert sorted(p.name for p in decoy.iterdir()) == ["state.json"]
@@ -276,8 +277,8 @@ def test_a_value_of_a_wrong_type_is_refused_or_harmless(machine: Machine, bundle
     wrong = [None, True, -1, 1 << 70, 1.5, "", "x", [], {}, [None], {"x": 1}]
     count = 0
     for number, (way, value) in enumerate(places(spec)):
-        # All values at each place would take a minute: each place gets two of them, each value a fifth of the places.
-        for bad in wrong[number % 5 :: 5]:
+        # All values at each place would take a minute: each place gets two of them, each value a sixth of the places.
+        for bad in wrong[number % 6 :: 6]:
             if type(bad) is type(value) and bad == value:
                 continue
             count += 1
@@ -289,7 +290,7 @@ def test_a_value_of_a_wrong_type_is_refused_or_harmless(machine: Machine, bundle
                 machine.ok("delete", "--force", container)
             else:
                 assert done.err.strip(), (way, bad)
-    assert count > 250
+    assert count > 200
 
 
 def _written(bundle: Bundle, spec: object) -> str:

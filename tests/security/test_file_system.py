@@ -98,7 +98,7 @@ def test_a_mount_point_that_becomes_a_link_is_never_followed_to_the_host(
     path = bundle.write()
     started = 0
     with exchanging(volume / "dir", volume / "link"):
-        for _ in range(60):
+        for _ in range(40):
             done = machine("run", "-b", path, machine.name())
             if done.code == 0:
                 started += 1
@@ -129,7 +129,7 @@ def test_a_volume_exchanged_while_devices_and_masks_are_made(
     path = bundle.write()
     started = 0
     with exchanging(volume / "dir", volume / "link"):
-        for _ in range(50):
+        for _ in range(35):
             done = machine("run", "-b", path, machine.name())
             started += done.code == 0
             assert "Traceback" not in done.err, done

@@ -177,7 +177,7 @@ def test_no_program_of_the_host_is_seen_from_inside_while_exec_enters(machine: M
     deadline = time.monotonic() + 10
     while "watching" not in watching.output() and time.monotonic() < deadline:
         time.sleep(0.01)
-    for _ in range(25 if warm else 8):
+    for _ in range(15 if warm else 5):
         machine.ok("exec", container, "true", warm=warm)
     machine.ok("delete", "-f", container)
     said = watching.wait().out
