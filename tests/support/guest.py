@@ -43,6 +43,8 @@ BOOT_TIMEOUT_S = 120
 """Until the first report."""
 RUN_TIMEOUT_S = 280
 """For all of a guest's life."""
+ENOUGH_S = 150
+"""After that no test is begun that could be left out."""
 
 # Debian's kernel has NVMe and ext4 built in, so it needs no initramfs. It mounts nothing by itself.
 _START = """#!/bin/sh
@@ -278,7 +280,8 @@ class Guest:
         self._buffer = b""
         self._qemu = subprocess.Popen(
             [
-                "nice", "-n", "10", "qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-smp", str(CPUS), "-m", str(MEMORY_MIB),
+                # Not longer than pytest, which may be killed.
+                "setpriv", "--pdeathsig", "KILL", "nice", "-n", "10", "qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-smp", str(CPUS), "-m", str(MEMORY_MIB),
                 "-M", "q35", "-nodefaults", "-display", "none", "-no-reboot", "-kernel", str(base.kernel),
                 "-append", "root=/dev/nvme0n1 rw console=ttyS0 quiet panic=-1 init=/opt/start",
                 "-serial", f"file:{self.console}", "-serial", f"file:{folder / 'results'}", "-device", "nvme,serial=disks,id=disks",
