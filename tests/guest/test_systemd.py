@@ -16,6 +16,7 @@ from support.machine import Bundle
 pytestmark = pytest.mark.lane("systemd")
 
 MIB = 1 << 20
+PREFIX, TITLE = ("runc", "libcontainer") if os.environ.get("BOXSHIP_GUEST_RUNTIME") == "runc" else ("boxrun", "boxrun")
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def boxrun() -> Iterator[Boxrun]:
     runtime = Boxrun("--systemd-cgroup")
     yield runtime
     left = runtime.close()
-    left += [line for line in said("systemctl", "list-units", "--all", "--plain", "--no-legend").split("\n") if "boxrun-t" in line]
+    left += [line for line in said("systemctl", "list-units", "--all", "--plain", "--no-legend").split("\n") if f"{PREFIX}-t" in line]
     assert not left, left
 
 
@@ -47,7 +48,7 @@ def properties(unit: str, *names: str) -> dict[str, str]:
 
 def scope(name: str) -> str:
     """The unit of a container that names none."""
-    return f"boxrun-{name}.scope"
+    return f"{PREFIX}-{name}.scope"
 
 
 def limit(bundle: Bundle, **given: object) -> None:
@@ -72,7 +73,7 @@ def test_the_container_is_a_scope_with_its_limits(boxrun: Boxrun, bundle: Bundle
         "MemoryMax": str(64 * MIB), "MemoryLow": str(32 * MIB), "MemorySwapMax": str(32 * MIB), "MemoryHigh": str(48 * MIB),
         "CPUWeight": "59", "CPUQuotaPerSecUSec": "250ms", "CPUQuotaPeriodUSec": "200ms", "AllowedCPUs": "0",
         "AllowedMemoryNodes": "0", "TasksMax": "20", "Delegate": "yes", "Slice": "system.slice", "ActiveState": "active",
-        "Description": f"boxrun container {name}", "ControlGroup": f"/system.slice/{scope(name)}", "DefaultDependencies": "no",
+        "Description": f"{TITLE} container {name}", "ControlGroup": f"/system.slice/{scope(name)}", "DefaultDependencies": "no",
     }
     group = boxrun.cgroup(name)
     assert group == CGROUP / "system.slice" / scope(name)
@@ -103,7 +104,7 @@ def test_slice_prefix_and_name_come_from_the_path(boxrun: Boxrun, bundle: Bundle
     name = boxrun.run(bundle)
     assert boxrun.cgroup(name) == CGROUP / "machine.slice/machine-inner.slice/libpod-abc.scope"
     assert properties("libpod-abc.scope", "Slice", "Description") == {
-        "Slice": "machine-inner.slice", "Description": "boxrun container abc"
+        "Slice": "machine-inner.slice", "Description": f"{TITLE} container abc"
     }
     boxrun.ok("delete", "--force", name)
     assert properties("libpod-abc.scope", "LoadState") == {"LoadState": "not-found"}
