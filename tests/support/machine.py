@@ -113,7 +113,8 @@ class Look:
                 else:
                     new.append(f"{kind}: {item}")
             if kind == "mounts":
-                new += [f"lost mount: {item}" for item in known]
+                # A mount goes by itself when somebody removes the folder that it is on.
+                new += [f"lost mount: {item}" for item in known if os.path.exists(item.split()[2])]
         return new
 
 
