@@ -16,6 +16,7 @@ from boxship.abi import mount as m
 from boxship.abi import syscalls
 from boxship.linux import _sys
 
+_MAX_LINKS = 40
 _HOW = Struct("=QQQ")
 _ATTR = Struct("=QQQQ")
 
@@ -52,8 +53,6 @@ RECURSIVE = {
 EXTENSIONS = ("tmpcopyup",)
 
 ATIME = m.MS_NOATIME | m.MS_RELATIME | m.MS_STRICTATIME
-LOCKABLE = m.MS_RDONLY | m.MS_NODEV | m.MS_NOEXEC | m.MS_NOSUID | ATIME | m.MS_NODIRATIME
-"""What the kernel locks on a mount that a less privileged user namespace inherits."""
 
 # Flags of a mount, as opposed to those of its superblock.
 _MOUNT_ATTRS = (
@@ -197,6 +196,42 @@ def openat2(dir_fd: int, path: str, flags: int, mode: int = 0, resolve: int = 0)
         return _sys.syscall(syscalls.OPENAT2, dir_fd, _path(path), open_how(flags, mode, resolve), 24)
     except OSError:
         raise _named(path, "openat2") from None
+
+
+def follow_links(root_fd: int, path: str) -> str:
+    """`path` inside the root `root_fd` with all symbolic links followed, relative to the root.
+
+    What does not exist, or cannot be looked at, stays as it is written. Raises OSError ELOOP after as many links as the
+    kernel follows.
+    """
+    done: list[str] = []
+    rest = path.split("/")[::-1]
+    links = 0
+    while rest:
+        part = rest.pop()
+        if part in ("", "."):
+            continue
+        if part == "..":
+            done = done[:-1]
+            continue
+        done.append(part)
+        try:
+            resolve = m.RESOLVE_IN_ROOT | m.RESOLVE_NO_MAGICLINKS
+            fd = openat2(root_fd, "/".join(done), m.O_PATH | m.O_NOFOLLOW, 0, resolve)
+        except OSError:
+            continue
+        try:
+            target = os.readlink("", dir_fd=fd)
+        except OSError:
+            continue  # no link
+        finally:
+            os.close(fd)
+        links += 1
+        if links > _MAX_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+        done = [] if target.startswith("/") else done[:-1]
+        rest += target.split("/")[::-1]
+    return "/".join(done)
 
 
 def fsopen(fstype: str) -> int:

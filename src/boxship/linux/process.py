@@ -64,10 +64,13 @@ def start_time(pid: int) -> int:
 
 
 def is_alive(pid: int, started: int) -> bool:
-    """Whether the process with that pid and start time runs: neither gone, nor a zombie, nor replaced by another."""
+    """Whether the process with that pid and start time runs: neither gone, nor a zombie, nor replaced by another.
+
+    Raises OSError when that cannot be found out: a lack of descriptors is no reason to take a process for dead.
+    """
     try:
         state, found = stat(pid)
-    except OSError:
+    except ProcessLookupError:
         return False
     return found == started and state not in "ZX"
 

@@ -31,7 +31,7 @@ from boxship.linux import _sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
     from typing import TypeAlias
 
     Argument: TypeAlias = int | bytes | bytearray | str | "Reg" | None
@@ -456,15 +456,6 @@ class Remote:
         return os.pread(self.memory, size, self._program._data_base + offset)
 
 
-def results(ops: bytes, count: int) -> Iterable[int]:
-    """The results in a copy of a program's first `count` operations."""
-    for i in range(count):
-        yield int(_RESULT.unpack_from(ops, i * _OP_SIZE + _RESULT_OFFSET)[0])
-
-
-OP_SIZE = _OP_SIZE
-
-
 def channel() -> tuple[int, int, int]:
     """(our end of the control socket, the remote end, the shared memory), all close-on-exec."""
     ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0)
@@ -513,6 +504,3 @@ def sealed(data: bytes, name: str) -> int:
         os.close(fd)
         raise
     return fd
-
-
-EXIT = syscalls.EXIT_GROUP

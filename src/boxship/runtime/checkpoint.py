@@ -28,7 +28,7 @@ from boxship.oci import text
 from boxship.oci.config import Mount
 from boxship.runtime import notify, state
 from boxship.runtime.init import is_bind
-from boxship.runtime.lifecycle import _destroy as destroy
+from boxship.runtime.lifecycle import destroy
 from boxship.runtime.rootfs import DEFAULT_DEVICES, inside
 from boxship.runtime.state import open_container
 
@@ -50,7 +50,6 @@ EXTERNAL = {"network": ("net", "extRootNetNS"), "pid": ("pid", "extRootPidNS")}
 """Namespaces that are not saved when they were joined by path: CRIU's name of the kind, and the key in the images."""
 _LOG_LEVEL = 4
 _CONFIGURATION = "/etc/criu/runc.conf"
-_MAX_LINKS = 40
 
 
 class Options:
@@ -201,34 +200,10 @@ def resolve(root_fd: int, path: str) -> str:
 
     What does not exist stays as it is written. Raises BoxshipError after too many links.
     """
-    done: list[str] = []
-    rest = path.split("/")[::-1]
-    links = 0
-    while rest:
-        part = rest.pop()
-        if part in ("", "."):
-            continue
-        if part == "..":
-            done = done[:-1]
-            continue
-        done.append(part)
-        try:
-            how = m.RESOLVE_IN_ROOT | m.RESOLVE_NO_MAGICLINKS
-            fd = mounts.openat2(root_fd, "/".join(done), m.O_PATH | m.O_NOFOLLOW, 0, how)
-        except OSError:
-            continue
-        try:
-            target = os.readlink("", dir_fd=fd)
-        except OSError:
-            continue  # no link
-        finally:
-            os.close(fd)
-        links += 1
-        if links > _MAX_LINKS:
-            raise BoxshipError(f"too many levels of symbolic links in {path}")
-        done = [] if target.startswith("/") else done[:-1]
-        rest += target.split("/")[::-1]
-    return "/" + "/".join(done)
+    try:
+        return "/" + mounts.follow_links(root_fd, path)
+    except OSError:
+        raise BoxshipError(f"too many levels of symbolic links in {path}") from None
 
 
 def quote_errors(context: Context, path: str) -> None:

@@ -18,7 +18,7 @@ from boxship.abi.namespace import FILES
 from boxship.kit import failpoint
 from boxship.kit.errors import BoxshipError, InvalidArgument, Unsupported
 from boxship.kit.files import read_all, write_all, write_atomic, write_new
-from boxship.linux import namespaces
+from boxship.linux import keyring, namespaces
 from boxship.linux.cgroups import Cgroup
 from boxship.linux.remote import RemoteError, RemoteGone
 from boxship.oci import text
@@ -123,9 +123,9 @@ class Creation:
         if story.born_in >= 0:
             # Init is cloned while its other groups are made.
             story.be_born(story.executor)
-            self._make_cgroup(story)
+            self.make_cgroup(story)
         else:
-            self._make_cgroup(story)
+            self.make_cgroup(story)
             story.be_born(story.executor)
         failpoint.hit("create.cgroup")
         context.debug("nsexec container setup")
@@ -184,7 +184,8 @@ class Creation:
 
     # --- before init ---------------------------------------------------------------------------------------------
 
-    def _make_cgroup(self, story: Story) -> None:
+    def make_cgroup(self, story: Story) -> None:
+        """Make and limit the container's cgroup, as far as that goes without a process, and open its doors to init."""
         linux = self.spec.linux
         cgroup = self.cgroup
         if cgroup is None:
@@ -214,7 +215,7 @@ class Creation:
 
     def _know_init(self, story: Story) -> None:
         self.container.pid = story.remote.pid
-        self.container.pid_start = state.process_stat(story.remote.pid)[1]
+        self.container.pid_start = state.start_of(story.remote.pid)
 
     # --- beside init ---------------------------------------------------------------------------------------------
 
@@ -380,7 +381,7 @@ def plan(
     story = Story(context, spec, spec.process or Process(cwd="/"), rootfs=rootfs, bundle=bundle)
     story.cgroup = cgroup
     story.no_pivot = options.no_pivot
-    story.keyring = "" if options.no_new_keyring else f"_ses.{container.id}"
+    story.keyring = "" if options.no_new_keyring else keyring.session_name(container.id)
     story.state = container.hook_state
     story.open_note = container.open_note
     linux = spec.linux

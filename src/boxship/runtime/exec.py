@@ -13,7 +13,7 @@ from boxship.abi import syscalls as sc
 from boxship.kit import failpoint
 from boxship.kit.errors import BoxshipError, FailedPrecondition, InvalidArgument
 from boxship.kit.files import read_all
-from boxship.linux import _sys
+from boxship.linux import _sys, keyring, namespaces
 from boxship.linux.remote import NEXT
 from boxship.linux.scheduler import ALL_CPUS, cpu_mask
 from boxship.oci import text
@@ -105,7 +105,7 @@ class _Joining:
         self.options = options
         self.terminal = -1
         story = Story(context, spec, process, rootfs=container.rootfs, bundle=container.bundle)
-        story.keyring = "" if options.no_new_keyring else f"_ses.{container.id}"
+        story.keyring = "" if options.no_new_keyring else keyring.session_name(container.id)
         story.state = container.hook_state
         story.may_set_groups = b"deny" not in read_all(f"/proc/{container.pid}/setgroups")
         create.take_filter(context, spec, story, container)
@@ -189,14 +189,13 @@ class _Joining:
         pid = self.container.pid
         flags = 0
         for kind, flag in n.FLAGS.items():
-            name = n.FILES[kind]
             try:
-                theirs = os.stat(f"/proc/{pid}/ns/{name}").st_ino
+                theirs = namespaces.identity(kind, pid)
             except FileNotFoundError:
                 raise FailedPrecondition("container not running") from None
-            if theirs != os.stat(f"/proc/self/ns/{name}").st_ino:
+            if theirs != namespaces.identity(kind):
                 flags |= flag
-        p.call(sc.PRCTL, 4, 0, 0, 0, 0, what="prctl(PR_SET_DUMPABLE)")
+        story.not_dumpable()
         p.call(sc.SETSID, on_err=NEXT)
         story.open_proc()
         story.join()
@@ -214,14 +213,12 @@ class _Joining:
             story.joined_user = True
             p.call(sc.SETRESGID, 0, 0, 0, what="unable to become root of the user namespace")
             p.call(sc.SETRESUID, 0, 0, 0, what="unable to become root of the user namespace")
-            p.call(sc.PRCTL, 4, 0, 0, 0, 0, what="prctl(PR_SET_DUMPABLE)")
+            story.not_dumpable()
         if flags & (n.CLONE_NEWPID | n.CLONE_NEWTIME):
             story.become_child()
             p = story.p
         if story.keyring:
-            from boxship.linux.keyring import JOIN_SESSION
-
-            p.call(sc.KEYCTL, JOIN_SESSION, story.keyring, what="unable to join session keyring")
+            p.call(sc.KEYCTL, keyring.JOIN_SESSION, story.keyring, what="unable to join session keyring")
 
     def _bind(self, story: Story, cpus: str) -> None:
         """Set the CPU affinity. Raises BoxshipError."""

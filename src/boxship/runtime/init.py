@@ -246,7 +246,7 @@ class Story:
             # From here on no process of the container may look into init, which holds descriptors of the host
             # (CVE-2016-9962). With id maps to be written by an ordinary user it has to wait: the files in /proc would
             # belong to root.
-            self._not_dumpable()
+            self.not_dumpable()
         p.call(sc.UMASK, 0)
         p.call(sc.SETSID, on_err=NEXT)
         # The host's own procfs, from before anything of the container can stand in its place (CVE-2025-52881). What is
@@ -300,7 +300,8 @@ class Story:
             self.p.call(sc.WRITE, file, b"0", 1, what="unable to join the container's cgroup")
             self.fs.close(file)
 
-    def _not_dumpable(self) -> None:
+    def not_dumpable(self) -> None:
+        """Let no process of the container look into init from here on (CVE-2016-9962)."""
         self.p.call(sc.PRCTL, _PR_SET_DUMPABLE, 0, 0, 0, 0, what="prctl(PR_SET_DUMPABLE)")
 
     def _setns(self, kind: str, fd: int) -> None:
@@ -335,7 +336,7 @@ class Story:
         p.call(sc.SETRESGID, 0, 0, 0, what="unable to become root of the user namespace")
         p.call(sc.SETRESUID, 0, 0, 0, what="unable to become root of the user namespace")
         if not (self.rootless and "time" in self.new):
-            self._not_dumpable()
+            self.not_dumpable()
 
     def _map_ids(self) -> None:
         from boxship.linux.idmaps import write_id_maps
@@ -377,7 +378,7 @@ class Story:
         self.perform()
         self.remote.pid = int.from_bytes(self.remote.data(pid, 4), "little")
         self.context.parent.wait(before)
-        self._not_dumpable()
+        self.not_dumpable()
         # A terminal has to be taken by the leader of a session, which the child of one is not.
         self.p.call(sc.SETSID, on_err=NEXT)
 

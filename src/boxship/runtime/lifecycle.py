@@ -8,10 +8,8 @@ Not here: `create` (its own module), `exec`, `checkpoint`, `events`.
 from __future__ import annotations
 
 import _signal as signal  # type: ignore[import-not-found]  # the C part of `signal`, without its enums
-import errno
 import os
 import select
-import time
 
 from boxship.kit import failpoint
 from boxship.kit.errors import BoxshipError, FailedPrecondition
@@ -72,7 +70,7 @@ def run(
             status = context.parent.attend(container.pid, made.terminal)
         finally:
             if not keep and container.lock():
-                _destroy(container, made.spec)
+                destroy(container, made.spec)
     return status
 
 
@@ -215,7 +213,7 @@ def delete(context: Context, container_id: str, *, force: bool = False) -> None:
             raise FailedPrecondition(f"cannot delete container {container_id} that is not stopped: {status}")
         _kill_init(container)
         failpoint.hit("delete.killed")
-        _destroy(container)
+        destroy(container)
 
 
 def _kill_init(container: Container) -> None:
@@ -237,7 +235,7 @@ def _kill_init(container: Container) -> None:
             os.close(handle)
 
 
-def _destroy(container: Container, spec: Spec | None = None) -> None:
+def destroy(container: Container, spec: Spec | None = None) -> None:
     """Cgroup, poststop hooks, folder, in this order: the folder is what a later delete finds the rest by.
 
     `spec`: the configuration, where the caller has it.
@@ -322,20 +320,3 @@ def list_containers(context: Context) -> list[Container]:
         except state.Damaged as error:
             context.warn(str(error))
     return found
-
-
-def wait_gone(pid: int, timeout_s: float) -> bool:
-    """Whether a process ended within `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    try:
-        handle = os.pidfd_open(pid)
-    except OSError as error:
-        if error.errno == errno.ESRCH:
-            return True
-        raise
-    try:
-        poll = select.poll()
-        poll.register(handle, select.POLLIN)
-        return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
-    finally:
-        os.close(handle)

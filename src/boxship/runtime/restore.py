@@ -42,7 +42,7 @@ from boxship.runtime.checkpoint import (
 from boxship.runtime.create import announce, check_terminal, explain, hand_terminal, now, prepare
 from boxship.runtime.executor import executor
 from boxship.runtime.init import Story, is_bind
-from boxship.runtime.lifecycle import _destroy as destroy
+from boxship.runtime.lifecycle import destroy
 from boxship.runtime.rootfs import inside
 from boxship.runtime.sources import open_source
 
@@ -263,7 +263,7 @@ class _Restoring:
         story.new = {"mount"}
         os.mkdir(ROOT, 0o700, dir_fd=container.fd)
         made.made_cgroup = made.cgroup is not None
-        made._make_cgroup(story)
+        made.make_cgroup(story)
         self.connection = criu.Connection()
         try:
             story.be_born(executor())
@@ -333,7 +333,7 @@ class _Restoring:
             hooks.run_hooks("createRuntime", self.spec.hooks.create_runtime, told)
         elif answer.script == "post-restore":
             container.pid = answer.pid
-            container.pid_start = state.process_stat(answer.pid)[1]
+            container.pid_start = state.start_of(answer.pid)
             container.created = now()
             container.namespaces = {}
             container.creating = False

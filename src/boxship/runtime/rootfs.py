@@ -48,7 +48,6 @@ DEFAULT_DEVICES = (
 _STATX_MODE, _STATX_RDEV = 28, 128  # offsets in struct statx
 _STATFS_SIZE = 120
 _STATX_BASIC = 0x7FF
-_MAX_LINKS = 40  # as the kernel
 
 
 def inside(path: str) -> str:
@@ -187,32 +186,10 @@ class Rootfs:
             pass
         except OSError:
             return path  # init meets the same obstacle, and says so
-        done: list[str] = []
-        rest = path.split("/")[::-1]
-        links = 0
-        while rest:
-            part = rest.pop()
-            if part in ("", "."):
-                continue
-            if part == "..":
-                done = done[:-1]
-                continue
-            done.append(part)
-            try:
-                fd = mounts.openat2(self.host_root, "/".join(done), m.O_PATH | m.O_NOFOLLOW, 0, _RESOLVE)
-            except OSError:
-                continue
-            try:
-                if stat.S_ISLNK(os.fstat(fd).st_mode):
-                    links += 1
-                    if links > _MAX_LINKS:
-                        raise BoxshipError(f"{self.p.context}too many levels of symbolic links in {path}")
-                    to = os.readlink("", dir_fd=fd)
-                    done = [] if to.startswith("/") else done[:-1]
-                    rest += to.split("/")[::-1]
-            finally:
-                os.close(fd)
-        return "/".join(done)
+        try:
+            return mounts.follow_links(self.host_root, path)
+        except OSError:
+            raise BoxshipError(f"{self.p.context}too many levels of symbolic links in {path}") from None
 
     def target(self, path: str, what: str, *, is_dir: bool) -> Reg:
         """The mount point at `path`, made when it is missing."""

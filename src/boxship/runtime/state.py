@@ -26,6 +26,7 @@ import os
 from boxship.kit import failpoint
 from boxship.kit.errors import AlreadyExists, BoxshipError, FailedPrecondition, InvalidArgument, NotFound
 from boxship.kit.files import read_all, write_atomic
+from boxship.linux import process
 from boxship.oci import text
 from boxship.runtime.executor import EXECUTOR_LINK
 
@@ -75,25 +76,12 @@ def check_id(container_id: str) -> None:
         raise InvalidArgument("invalid container ID format")
 
 
-def process_stat(pid: int) -> tuple[str, int]:
-    """(state letter, start time in clock ticks since boot) of a process; ("X", 0) when there is none.
-
-    The start time tells a process from a later one with the same number. Spec: proc_pid_stat(5), fields 3 and 22.
-    """
+def start_of(pid: int) -> int:
+    """The start time that tells a process from a later one of its number, 0 when it is gone already: see `Container.alive`."""
     try:
-        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ESRCH):
-            return "X", 0
-        raise
-    try:
-        data = os.read(fd, 4096)
+        return process.start_time(pid)
     except ProcessLookupError:
-        return "X", 0
-    finally:
-        os.close(fd)
-    fields = data[data.rindex(b")") + 2 :].split()
-    return fields[0].decode(), int(fields[19])
+        return 0
 
 
 class Container:
@@ -226,8 +214,7 @@ class Container:
         """Whether init, that very process and not a later one of its number, is there and no zombie."""
         if not self.pid:
             return False
-        letter, start = process_stat(self.pid)
-        return start == self.pid_start and letter not in ("Z", "X")
+        return process.is_alive(self.pid, self.pid_start)
 
     def status(self) -> str:
         """The spec's status of this moment, or "paused"."""

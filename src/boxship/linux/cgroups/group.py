@@ -198,7 +198,15 @@ class Cgroup:
         raise NotImplementedError
 
     def kill(self, signal: int) -> None:
-        """Send a signal to every process in the group. Raises NotFound "cgroup not exist"."""
+        """Send a signal to every process in the group, nothing in a foreign one. Raises NotFound "cgroup not exist"."""
+        if self.foreign:
+            return
+        if not self.exists():
+            raise does_not_exist()
+        self.signal_all(signal)
+
+    def signal_all(self, signal: int) -> None:
+        """`kill`, for a group that is there and ours."""
         raise NotImplementedError
 
     def abandon(self) -> None:

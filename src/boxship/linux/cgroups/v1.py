@@ -23,7 +23,6 @@ from boxship.linux.cgroups.group import (
     Cgroup,
     OomEvents,
     below,
-    does_not_exist,
     signal_each,
 )
 from boxship.linux.cgroups.limits import pids_max
@@ -378,12 +377,8 @@ class V1Group(Cgroup):
                 return False
             raise explain(error, "unable to get cgroup freezer state: ") from None
 
-    def kill(self, signal: int) -> None:
+    def signal_all(self, signal: int) -> None:
         """See `Cgroup`."""
-        if self.foreign:
-            return
-        if not self.exists():
-            raise does_not_exist()
         if signal == 9 and self.v2_path:
             try:
                 write(self.v2_path + "/cgroup.kill", "1")

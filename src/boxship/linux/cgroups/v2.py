@@ -17,7 +17,6 @@ from boxship.linux.cgroups.group import (
     Cgroup,
     OomEvents,
     below,
-    does_not_exist,
     signal_each,
 )
 from boxship.linux.cgroups.limits import cpu_weight, io_weight, max_string, pids_max, swap_only
@@ -423,12 +422,8 @@ class V2Group(Cgroup):
                 return False
             raise explain(error, "unable to get cgroup freezer state: ") from None
 
-    def kill(self, signal: int) -> None:
+    def signal_all(self, signal: int) -> None:
         """See `Cgroup`."""
-        if self.foreign:
-            return
-        if not self.exists():
-            raise does_not_exist()
         if signal == 9:
             try:
                 write(self.v2_path + "/cgroup.kill", "1")  # Linux 5.14; reaches frozen processes too

@@ -21,12 +21,15 @@ if TYPE_CHECKING:
     from boxship.runtime.command.main import Invocation
 
 
-def _create_options(call: Invocation, p: Parsed) -> CreateOptions:
-    def path(key: str) -> str:
-        return call.path(p.text(key)) if p.text(key) else ""
+def _path(call: Invocation, p: Parsed, key: str) -> str:
+    """An option that is a path, as the caller means it; "" when it was not given."""
+    return call.path(p.text(key)) if p.text(key) else ""
 
+
+def _create_options(call: Invocation, p: Parsed) -> CreateOptions:
     return CreateOptions(
-        path("pid-file"), path("console-socket"), p.number("preserve-fds"), pidfd_socket=path("pidfd-socket"),
+        _path(call, p, "pid-file"), _path(call, p, "console-socket"), p.number("preserve-fds"),
+        pidfd_socket=_path(call, p, "pidfd-socket"),
         no_pivot=p.yes("no-pivot"), no_new_keyring=p.yes("no-new-keyring"),
     )
 
@@ -166,12 +169,10 @@ def exec_(call: Invocation, p: Parsed) -> int:
     with open_container(call.context, p.args[0]) as container:
         process = _process(call, p, joining.process_of(container) if not p.text("process") else None)
 
-    def path(key: str) -> str:
-        return call.path(p.text(key)) if p.text(key) else ""
-
     options = ExecOptions(
-        cgroup=p.many("cgroup"), ignore_paused=p.yes("ignore-paused"), detach=p.yes("detach"), pid_file=path("pid-file"),
-        console_socket=path("console-socket"), pidfd_socket=path("pidfd-socket"), preserve_fds=p.number("preserve-fds"),
+        cgroup=p.many("cgroup"), ignore_paused=p.yes("ignore-paused"), detach=p.yes("detach"),
+        pid_file=_path(call, p, "pid-file"), console_socket=_path(call, p, "console-socket"),
+        pidfd_socket=_path(call, p, "pidfd-socket"), preserve_fds=p.number("preserve-fds"),
     )
     return joining.execute(call.context, p.args[0], process, options)
 
@@ -291,8 +292,7 @@ def restore(call: Invocation, p: Parsed) -> int:
     from boxship.runtime.checkpoint import options_of
 
     create_options = CreateOptions(
-        call.path(p.text("pid-file")) if p.text("pid-file") else "",
-        call.path(p.text("console-socket")) if p.text("console-socket") else "", no_pivot=p.yes("no-pivot"),
+        _path(call, p, "pid-file"), _path(call, p, "console-socket"), no_pivot=p.yes("no-pivot"),
     )
     return reviving.restore(
         call.context, p.args[0], _bundle(call, p), create_options, options_of(call, p), detach=p.yes("detach")
