@@ -57,10 +57,10 @@ $(STAMPS)/backend: | $(STAMPS)/venv
 	$(PIP) install --quiet 'hatchling>=1.24' 'editables>=0.5'
 	touch $@
 
-# Without build isolation: pip would fetch the backend again for every change of a C file.
+# Without build isolation: pip would fetch the backend again for every change of a C file. What is installed already is kept.
 $(STAMPS)/native: pyproject.toml hatch_build.py $(NATIVE) $(STAMPS)/backend
 	tools/system-packages build
-	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	$(PIP) install --quiet --no-build-isolation --editable .
 	touch $@
 
 $(STAMPS)/dev: pyproject.toml | $(STAMPS)/venv

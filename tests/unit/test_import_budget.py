@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 SRC = Path(__file__).parents[2] / "src"
-THIN = ("abi", "kit", "linux", "oci", "api", "runtime")
+THIN = ("abi", "kit", "linux", "oci", "runtime")
 SLOW = {
     "argparse", "asyncio", "collections", "contextlib", "ctypes", "dataclasses", "enum", "functools", "hashlib", "importlib",
     "inspect", "json", "logging", "pathlib", "re", "shutil", "signal", "socket", "struct", "subprocess", "tempfile", "threading",

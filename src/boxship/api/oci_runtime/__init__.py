@@ -1,0 +1,1 @@
+"""The OCI runtime's command line as an interface: create, start, exec, kill, delete ..."""

@@ -1,0 +1,1 @@
+"""ttRPC: framing, server and client, without asyncio."""

@@ -1,0 +1,1 @@
+"""containerd's role: content, images, snapshots, leases, containers, tasks, events."""

@@ -1,0 +1,1 @@
+"""Images: content, archives, registries, layers."""
