@@ -1,4 +1,4 @@
-"""The messages that every service of containerd's API shares: mounts, descriptors, platforms, processes, the envelope of an event.
+"""The messages that the services of containerd's API share: mounts, descriptors, platforms, processes, the envelope of events.
 
 Runs in: the daemon, the shims and the spawner.
 Spec: containerd API v1, packages containerd.types and containerd.v1.types (proto/containerd/types).

@@ -1,7 +1,7 @@
 """The messages of containerd's API, one module per service, and those of its events and transfers.
 
 Runs in: the daemon and its clients.
-Spec: containerd API v1 (proto/containerd). The messages that services share are in `types`; the shim's are in boxship.api.task.pb.
+Spec: containerd API v1 (proto/containerd). What services share is in `types`; the shim's are in boxship.api.task.pb.
 """
 
 from __future__ import annotations
