@@ -1,0 +1,1 @@
+"""Snapshots: where the root file systems of containers and the layers of images are kept."""
