@@ -4,9 +4,9 @@ Runs in: the daemon, any thread; a driver's methods block for as long as the fil
 threads at once.
 Spec: containerd 2.x core/snapshots (the meaning of each method), api/services/snapshots/v1 (the kinds' numbers).
 
-A snapshot is *active* (made by prepare, may be written to), a *view* (made by view, read-only) or *committed* (made of an active one
-by commit; never changes again, and may be a parent). Active ones and views are addressed by *key*, committed ones by *name*, and both
-are one space of names, opaque to the driver.
+A snapshot is *active* (made by prepare, may be written to), a *view* (made by view, read-only) or *committed* (made of an active
+one by commit; never changes again, and may be a parent). Active ones and views are addressed by *key*, committed ones by *name*,
+and both are one space of names, opaque to the driver.
 
 Not here: namespaces, leases, garbage collection and events (`boxship.containerd.metadata`).
 """
@@ -36,8 +36,8 @@ class Mount:
 
     __slots__ = ("options", "source", "target", "type")
 
-    def __init__(self, type: str, source: str, options: list[str], target: str = "") -> None:  # noqa: A002: the field's name
-        self.type = type
+    def __init__(self, fstype: str, source: str, options: list[str], target: str = "") -> None:
+        self.type = fstype
         self.source = source
         self.options = options
         self.target = target
@@ -69,7 +69,8 @@ class Info:
     __slots__ = ("created", "kind", "labels", "name", "parent", "updated")
 
     def __init__(
-        self, name: str, parent: str = "", kind: int = 0, labels: dict[str, str] | None = None, created: int = 0, updated: int = 0,
+        self, name: str, parent: str = "", kind: int = 0, labels: dict[str, str] | None = None,
+        created: int = 0, updated: int = 0,
     ) -> None:
         self.name = name
         self.parent = parent
@@ -112,7 +113,7 @@ class Driver(Protocol):
         """Of any kind; raises NotFound."""
 
     def update(self, info: Info, fieldpaths: Iterable[str] = ()) -> Info:
-        """Change the labels of `info.name`: all of them ("labels" or no field path), or one ("labels.KEY"; absent or empty removes it).
+        """Change the labels of `info.name`: all of them ("labels" or no field path), or one ("labels.KEY"; absent removes it).
 
         Answers with the snapshot as it is then. Raises NotFound, InvalidArgument for any other field.
         """
