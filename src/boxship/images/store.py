@@ -22,7 +22,7 @@ from collections.abc import AsyncIterator, Coroutine, Mapping
 from types import TracebackType
 from typing import Protocol
 
-from boxship.kit.errors import AlreadyExists, Internal, InvalidArgument, NotFound, from_os_error
+from boxship.kit.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound, from_os_error
 from boxship.oci.image import Descriptor
 
 CHUNK = 1 << 20
@@ -148,17 +148,17 @@ async def exists(blobs: Blobs, digest: str) -> bool:
 
 
 async def read(blobs: Blobs, descriptor: Descriptor, limit: int) -> bytes:
-    """The whole of a small blob, verified. Raises NotFound, InvalidArgument (above `limit`), Internal (not that content)."""
+    """The whole of a small blob, verified. Raises NotFound, InvalidArgument (above `limit`), DataLoss (not that content)."""
     if descriptor.size > limit:
         raise InvalidArgument(f"{descriptor.digest} is {descriptor.size} bytes, and no more than {limit} are read")
     size = await blobs.size(descriptor.digest)
     if size != descriptor.size:
-        raise Internal(f"{descriptor.digest} has {size} bytes in the store, expected {descriptor.size}")
+        raise DataLoss(f"{descriptor.digest} has {size} bytes in the store, expected {descriptor.size}")
     data = b"".join([chunk async for chunk in blobs.stream(descriptor.digest)])
     try:
         descriptor.verify(data)
     except InvalidArgument as error:
-        raise Internal(f"content store: {error}") from None
+        raise DataLoss(f"content store: {error}") from None
     return data
 
 
