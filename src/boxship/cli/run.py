@@ -232,7 +232,7 @@ class Run:
 
     def _user(self, read: Callable[[str], str], kind: str, config: dict[str, Any]) -> None:
         from boxship.cli import spec as specs
-        from boxship.cli import users
+        from boxship.oci import users
 
         wanted = self.parsed.text("user")
         if wanted is None and kind == "bundle":

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from boxship.cli.idmap import Maps
-    from boxship.cli.users import User
+    from boxship.oci.users import User
 
 PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -94,7 +94,7 @@ def add_user_namespace(spec: dict[str, Any], maps: Maps | None) -> None:
 
 def confine(spec: dict[str, Any]) -> bool:
     """Filter the process's system calls; False on a machine that there is no profile for."""
-    from boxship.cli.seccomp_profile import profile
+    from boxship.oci.seccomp_profile import profile
 
     filters = profile(spec["process"]["capabilities"]["bounding"])
     if filters is None:

@@ -1,7 +1,7 @@
 """The default filter allows what dockerd's does: the rules that have reasons of their own."""
 
-from boxship.cli.seccomp_profile import profile
 from boxship.cli.spec import CAPABILITIES
+from boxship.oci.seccomp_profile import profile
 
 
 def allowed(rules: dict[str, object]) -> set[str]:

@@ -1,6 +1,6 @@
-"""The system calls that a container of `boxship run` may use: the default profile of dockerd.
+"""The system calls that a container may use: the default profile of dockerd.
 
-Runs in: the boxship command.
+Runs in: the boxship command and the daemon.
 Spec: runtime-spec 1.3.0, config-linux.md "Seccomp"; moby's profiles/seccomp/default.json for which calls.
 Not here: making a filter of it (`boxship.linux.seccomp`).
 

@@ -1,8 +1,8 @@
 """Who the container's process is: `-u` looked up in the files of the container's own root.
 
-Runs in: the boxship command.
+Runs in: the boxship command and the daemon.
 Spec: docker run's `--user`: "name|uid[:name|gid]"; passwd(5), group(5). Errors are docker's.
-Not here: which ids of the host these are (`boxship.cli.namespaces`).
+Not here: which ids of the host these are (the user namespace's id maps).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 import pytest
 
-from boxship.cli.users import find
 from boxship.kit.errors import InvalidArgument, NotFound
+from boxship.oci.users import find
 
 FILES = {
     "/etc/passwd": "root:x:0:0::/root:/bin/sh\n# comment\nbroken\nann:x:1000:1001::/home/ann:/bin/sh\nbob:x:7:7:::\n",
