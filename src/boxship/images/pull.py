@@ -56,6 +56,9 @@ class Layer:
 class Unpacker(Protocol):
     """Makes what containers are started from out of an image's layers."""
 
+    def wants(self, platform: Platform) -> bool:
+        """Whether an image for this platform is to be unpacked."""
+
     async def unpack(
         self, layers: Sequence[Layer], config: Descriptor, ready: Callable[[Descriptor], Awaitable[None]],
         progress: Callback | None,
@@ -225,7 +228,10 @@ class Fetcher:
             await self._blob(descriptor, parents)
 
         await ready(manifest.config)
-        layers = pair_layers(manifest, await self._config(manifest.config), self._repository.reference.name)
+        image = await self._config(manifest.config)
+        if not self._unpacker.wants(image.platform()):
+            return
+        layers = pair_layers(manifest, image, self._repository.reference.name)
         await self._unpacker.unpack(layers, manifest.config, ready, self._callback)
 
     async def _config(self, descriptor: Descriptor) -> Image:
