@@ -49,7 +49,7 @@ class Registry:
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0, ssl_context=self._ssl)
         await site.start()
-        self.address = "127.0.0.1:%d" % site._server.sockets[0].getsockname()[1]
+        self.address = f"127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
         return self
 
     async def __aexit__(self, *_):

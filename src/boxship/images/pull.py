@@ -79,23 +79,32 @@ class Flights:
         self, key: Hashable, work: Callable[[Callable[[str, int], None]], Coroutine[object, object, None]],
         listener: Callable[[str, int], None],
     ) -> bool:
-        """Wait until the work under `key` is done, and start it (True) when it is not under way. Its failure is everybody's."""
-        flight = self._flights.get(key)
-        started = flight is None
-        if flight is None:
-            flight = self._flights[key] = _Flight()
-            flight.task = asyncio.ensure_future(work(flight.tell))
-            flight.task.add_done_callback(lambda _: self._flights.pop(key, None))
-        flight.listeners.append(listener)
-        task = flight.task
-        try:
-            await asyncio.shield(task)
-        finally:
-            flight.listeners.remove(listener)
-            if not flight.listeners and not task.done():
-                task.cancel()
-                await asyncio.wait([task])
-        return started
+        """Wait until the work under `key` is done, and start it (True) when it is not under way. Its failure is everybody's.
+
+        Work that ended because whoever started it gave up is begun again by who still waits.
+        """
+        while True:
+            flight = self._flights.get(key)
+            started = flight is None
+            if flight is None:
+                flight = self._flights[key] = _Flight()
+                flight.task = asyncio.ensure_future(work(flight.tell))
+                flight.task.add_done_callback(lambda _: self._flights.pop(key, None))
+            flight.listeners.append(listener)
+            task = flight.task
+            try:
+                await asyncio.shield(task)
+            except asyncio.CancelledError:
+                current = asyncio.current_task()
+                if started or not task.cancelled() or (current is not None and current.cancelling()):
+                    raise
+                continue
+            finally:
+                flight.listeners.remove(listener)
+                if not flight.listeners and not task.done():
+                    task.cancel()
+                    await asyncio.wait([task])
+            return started
 
 
 class _Flight:
