@@ -171,7 +171,8 @@ def pieces(read: Callable[[int], bytes]) -> Iterator[bytes]:
 def _gzip(data: bytes, read: Callable[[int], bytes]) -> Iterator[bytes]:
     from isal import igzip_lib
 
-    broken: tuple[type[Exception], ...] = (igzip_lib.IsalError, EOFError)
+    # isal's stubs take its class of errors for an instance of one.
+    broken = cast("tuple[type[Exception], ...]", (igzip_lib.IsalError, EOFError))
     try:
         while data:
             inflate = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
