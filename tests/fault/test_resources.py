@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support.machine import Bundle, Done, Look, Machine, remove_our_cgroups
+from support.machine import Bundle, Done, Look, Machine
 
 
 @pytest.fixture
@@ -147,15 +147,55 @@ def test_a_damaged_record_is_told_and_deleted(machine: Machine, bundle: Bundle, 
         orderly(machine(words[0], container))
     orderly(machine("exec", container, "true"))
     machine.ok("list")
-    try:
-        done = machine("delete", "--force", container)
-        orderly(done)
-        assert done.code == 0, done
-        assert machine("state", container).code == 1
-    finally:
-        # Where nothing tells any more what belonged to the container, nobody can find it.
-        if file == "state.json":
-            remove_our_cgroups()
+    done = machine("delete", "--force", container)
+    orderly(done)
+    assert done.code == 0, done
+    assert machine("state", container).code == 1
+
+
+LOST = {
+    "state.json": "a second copy tells",
+    "state.json claim.json": "the configuration tells where its group is",
+    "-state.json": "as with a damaged one",
+    "-state.json claim.json": "as with damaged ones",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "lost"),
+    # Without a group, its pid is all that leads to a container: the second copy has it.
+    [(kind, lost) for kind in ("running", "paused", "hostpid", "hostmount", "nocgroup") for lost in LOST if kind != "nocgroup" or "claim" not in lost],
+)
+def test_delete_force_finds_a_container_whose_record_is_lost(machine: Machine, bundle: Bundle, kind: str, lost: str, tmp_path: Path) -> None:
+    """Processes, control groups and mounts go by other traces than state.json; poststop hooks run. `nothing_is_left` looks."""
+    before = {"nocgroup": ["--cgroup-manager", "disabled"]}.get(kind, [])
+    bundle.shell("sleep 1000 & sleep 1000")
+    if kind in ("hostpid", "hostmount"):
+        gone = {"hostpid": "pid", "hostmount": "mount"}[kind]
+        bundle.linux["namespaces"] = [ns for ns in bundle.linux["namespaces"] if ns["type"] != gone]  # type: ignore[attr-defined]
+    if kind == "hostmount":
+        bundle.without("/sys", "/sys/fs/cgroup")
+        del bundle.linux["maskedPaths"], bundle.linux["readonlyPaths"]
+        bundle.spec["root"]["path"] = str(bundle.rootfs)  # type: ignore[index]
+    bundle.spec["hooks"] = {"poststop": [{"path": "/bin/sh", "args": ["sh", "-c", f"cat > {tmp_path}/told"]}]}
+    container = machine.name()
+    machine.ok(*before, "run", "-d", "-b", bundle.write(), container)
+    if kind == "paused":
+        machine.ok("pause", container)
+    folder = Path(f"{machine.root}/run/boxship/boxrun/{container}")
+    for name in lost.removeprefix("-").split():
+        if lost.startswith("-"):
+            (folder / name).unlink()
+        else:
+            (folder / name).write_text("{")
+    if lost == "-state.json claim.json":
+        # A folder without either is what a create leaves that was killed before it made anything.
+        (folder / "claim.json").write_text("")
+    done = machine("delete", "--force", container)
+    orderly(done)
+    assert done.code == 0 and "damaged" in done.err, done
+    assert json.loads((tmp_path / "told").read_text())["id"] == container
+    assert machine("state", container).code == 1
 
 
 def limits(kind: int, value: int) -> object:

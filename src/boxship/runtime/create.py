@@ -44,7 +44,7 @@ EXEC_FAILED = 255
 
 def unmount(container: Container, spec: Spec) -> None:
     """Take away the mounts of a container without a mount namespace of its own: they were made in the caller's."""
-    if any(ns.type == "mount" for ns in spec.linux.namespaces) if spec.linux else False:
+    if not container.rootfs or (any(ns.type == "mount" for ns in spec.linux.namespaces) if spec.linux else False):
         return
     from boxship.linux.mounts import umount_below
 
@@ -114,6 +114,8 @@ class Creation:
         assert story is not None
         process = story.process
         story.executor = executor()
+        # What the container finds as /proc/self/exe is a sealed clone: runc's words, which its tests look for.
+        context.debug("runc exeseal: using /proc/self/exe clone")
         if waits:
             self._make_fifo(story)
         cgroup = self.cgroup
@@ -196,7 +198,7 @@ class Creation:
         self.limits = limits_of(linux.resources if linux else None, node_paths=nodes)
         cgroup.create(self.limits)
         failpoint.hit("create.unclaimed")
-        self.container.claim_cgroup()
+        self.container.claim()
         if cgroup.needs_pid:
             return
         if not story.forks:
@@ -258,6 +260,8 @@ class Creation:
         }
         container.creating = False
         container.save()
+        if self.cgroup is None:
+            container.claim()
         failpoint.hit("create.saved")
         announce(self.context, self.options, container.pid, b"standard")
         if waits:
@@ -416,6 +420,8 @@ def take_filter(context: Context, spec: Spec, story: Story, container: Container
     story.filter = compile_filter(linux.seccomp.encode(), cache_dir=os.path.join(context.root, "@seccomp"))
     if not story.filter.program:
         story.filter = None
+    else:
+        context.debug(f"seccomp filter flags: {story.filter.flags}")
     if story.filter is None or not story.filter.notify:
         return
 

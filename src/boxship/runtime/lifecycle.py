@@ -14,6 +14,7 @@ import select
 from boxship.kit import failpoint
 from boxship.kit.errors import BoxshipError, FailedPrecondition
 from boxship.kit.files import read_all
+from boxship.linux.cgroups import Cgroup
 from boxship.oci import text
 from boxship.runtime import hooks, notify, state
 from boxship.runtime.create import EXEC_FAILED, check_terminal, create, explain, let_go, prepare, unmount
@@ -203,9 +204,8 @@ def delete(context: Context, container_id: str, *, force: bool = False) -> None:
     except state.Damaged as error:
         if not force:
             raise
-        context.warn(f"{error}: processes and control groups of {container_id}, if there are any, stay")
         with open_container(context, container_id, lock=True, load=False) as container:
-            state.discard(container)
+            _delete_damaged(container, error)
         return
     with container:
         status = container.status()
@@ -214,6 +214,30 @@ def delete(context: Context, container_id: str, *, force: bool = False) -> None:
         _kill_init(container)
         failpoint.hit("delete.killed")
         destroy(container)
+
+
+def _delete_damaged(container: Container, error: state.Damaged) -> None:
+    """Delete what the second copy of the record tells of; without one, what is where the configuration says it belongs."""
+    context = container.context
+    if not container.recover():
+        try:
+            spec = container.spec()
+            path = (spec.linux.cgroups_path if spec.linux else "") or ""
+            cgroup = None if context.no_cgroups else Cgroup.plan(
+                path, container.id, systemd=path.count(":") == 2, rootless=context.rootless, caller=context.parent.pid,
+                environ=context.environ,
+            )
+        except (FileNotFoundError, BoxshipError):
+            context.warn(f"{error}: processes and control groups of {container.id}, if there are any, stay")
+            state.discard(container)
+            return
+        if spec.root and spec.root.path.startswith("/"):
+            container.rootfs = os.path.realpath(spec.root.path)
+        # Not another container's: create refuses a group that is in use, and what it had not claimed is only withdrawn.
+        container.cgroup = cgroup.encode() if cgroup is not None else {}
+    context.warn(f"{error}: {container.id} is found by other traces and deleted")
+    _kill_init(container)
+    destroy(container)
 
 
 def _kill_init(container: Container) -> None:

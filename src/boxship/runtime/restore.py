@@ -338,6 +338,8 @@ class _Restoring:
             container.namespaces = {}
             container.creating = False
             container.save()
+            if made.cgroup is None:
+                container.claim()
         elif answer.script == "orphan-pts-master" and answer.fds:
             made.terminal = hand_terminal(made.options, answer.fds.pop(0))
 

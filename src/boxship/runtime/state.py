@@ -10,7 +10,8 @@ Spec: runtime-spec 1.3.0, runtime.md "State".
         exec.fifo                while the container is created and not started: init waits for `start` to open it
         hook.stdout, hook.stderr, hook.status   what hooks that init ran left, see runtime.init
         start.json               what the last operations of init are called, for `start` to say which one failed
-        cgroup                   empty; from when create found the control group unused until `creating` ends: it is ours to kill
+        claim.json               state.json as it was when create found the control group unused: from then on it is ours to
+                                 kill; without control groups, as it was when init's pid was known
         notify/                  the container's side of the notify socket, if any
         criu-root/               while a restore is under way: an empty mount point
 
@@ -25,7 +26,7 @@ import os
 
 from boxship.kit import failpoint
 from boxship.kit.errors import AlreadyExists, BoxshipError, FailedPrecondition, InvalidArgument, NotFound
-from boxship.kit.files import read_all, write_atomic
+from boxship.kit.files import read_all, write_atomic, write_new
 from boxship.linux import process
 from boxship.oci import text
 from boxship.runtime.executor import EXECUTOR_LINK
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 CREATING, CREATED, RUNNING, PAUSED, STOPPED = "creating", "created", "running", "paused", "stopped"
 
+_CLAIM = "claim.json"
 _ID_FIRST = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_+-.")
 
 
@@ -59,7 +61,7 @@ class Damaged(BoxshipError):
     """state.json is not as `Container.save` wrote it: the machine crashed, or somebody edited it."""
 
     def __init__(self, path: str, why: str) -> None:
-        super().__init__(f"{path}/state.json is damaged: {why}", "delete --force removes the record")
+        super().__init__(f"{path}/state.json is damaged: {why}", "delete --force removes the container")
 
 
 _RECORD: dict[str, type] = {
@@ -91,7 +93,7 @@ class Container:
     """
 
     __slots__ = (
-        "annotations", "bundle", "cgroup", "context", "created", "creating", "fd", "id", "namespaces", "no_pivot",
+        "_saved", "annotations", "bundle", "cgroup", "context", "created", "creating", "fd", "id", "namespaces", "no_pivot",
         "oci_version", "owner", "path", "pid", "pid_start", "rootfs", "rootless",
     )
 
@@ -113,6 +115,7 @@ class Container:
         self.creating = True
         self.rootless = False
         self.no_pivot = False
+        self._saved = b""
 
     def close(self) -> None:
         """Release the folder, and with it the lock."""
@@ -156,16 +159,31 @@ class Container:
 
     def save(self) -> None:
         """Write state.json."""
-        write_atomic("state.json", text.dumps(self.record()).encode(), dir_fd=self.fd)
+        self._saved = text.dumps(self.record()).encode()
+        write_atomic("state.json", self._saved, dir_fd=self.fd)
 
     def load(self) -> None:
         """Read state.json; a folder without one belonged to a create that was killed at its very start. Raises Damaged."""
+        if not self._load("state.json") and self._claimed():
+            raise Damaged(self.path, "it is not there")
+
+    def recover(self) -> bool:
+        """Where state.json is damaged: take what create wrote into claim.json. False when that does not tell either."""
         try:
-            data = read_all("state.json", dir_fd=self.fd)
+            found = self._load(_CLAIM)
+            self.control_group()
+        except (OSError, Damaged):
+            self.cgroup, self.pid = {}, 0
+            return False
+        return found
+
+    def _load(self, name: str) -> bool:
+        try:
+            data = read_all(name, dir_fd=self.fd)
         except FileNotFoundError:
-            return
+            return False
         try:
-            record = text.loads(data, "state.json")
+            record = text.loads(data, name)
         except InvalidArgument as error:
             raise Damaged(self.path, str(error)) from None
         if not isinstance(record, dict):
@@ -179,6 +197,7 @@ class Container:
         self.owner, self.annotations = record["owner"], record["annotations"]
         self.cgroup, self.namespaces = record["cgroup"], record["namespaces"]
         self.creating, self.rootless, self.no_pivot = record["creating"], record["rootless"], record["noPivot"]
+        return True
 
     def spec(self) -> Spec:
         """The configuration that the container was created from."""
@@ -186,27 +205,35 @@ class Container:
 
         return Spec.decode(text.loads(read_all("config.json", dir_fd=self.fd), "config.json"), "")
 
-    def claim_cgroup(self) -> None:
-        """Note that create has made the control group its own: what is in it from now on is the container's."""
-        os.close(os.open("cgroup", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self.fd))
+    def claim(self) -> None:
+        """Note that create has made the control group its own: what is in it from now on is the container's.
+
+        The note is a second copy of what was saved last. state.json can only be damaged from outside (a crash of the machine,
+        an editor); then this still says where the container's processes, groups and mounts are.
+        """
+        write_new(_CLAIM, self._saved, dir_fd=self.fd)
 
     def owns_cgroup(self) -> bool:
         """Whether the group is the container's, and not perhaps another's that a killed create had not looked at yet."""
-        if not self.creating:
-            return True
+        return not self.creating or self._claimed()
+
+    def _claimed(self) -> bool:
         try:
-            os.stat("cgroup", dir_fd=self.fd, follow_symlinks=False)
+            os.stat(_CLAIM, dir_fd=self.fd, follow_symlinks=False)
         except FileNotFoundError:
             return False
         return True
 
     def control_group(self) -> Cgroup | None:
-        """The container's cgroup as create saved it; None when it was created without any."""
+        """The container's cgroup as create saved it; None when it was created without any. Raises Damaged."""
         if not self.cgroup:
             return None
         from boxship.linux.cgroups import Cgroup
 
-        group = Cgroup.decode(self.cgroup)
+        try:
+            group = Cgroup.decode(self.cgroup)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise Damaged(self.path, "cgroup is not as it was written") from None
         group.environ = self.context.environ
         return group
 
@@ -343,7 +370,8 @@ def open_container(context: Context, container_id: str, *, lock: bool = False, l
     return container
 
 
-_FILES = ("state.json", "config.json", "exec.fifo", "start.json", "cgroup")
+# The claim first: it must never outlive the group that it is for.
+_FILES = (_CLAIM, "state.json", "config.json", "exec.fifo", "start.json")
 _FOLDERS = ("notify", "criu-root")
 
 
@@ -357,7 +385,7 @@ def discard(container: Container) -> None:
             os.unlink(name, dir_fd=container.fd)
         except FileNotFoundError:
             continue
-        # state.json went first, so a kill here leaves a folder that tells nothing, which delete --force takes.
+        # A kill here leaves a folder that tells nothing, or only what is gone by now: delete --force takes it.
         failpoint.hit("delete.file")
     try:
         os.rmdir(container.path)
