@@ -10,7 +10,7 @@
  *       ◄── {SPAWN, clone flags, whether a cgroup comes last} + exe, descriptors, cgroup
  *       clone, execveat; {pid or -errno} ──►
  *       ◄── {WAIT, pid}          {wait status} ──►
- *       ◄── {FDS, count}         {0 or -errno} + descriptors from 3 on ──►
+ *       ◄── {FDS, count, first}  {0 or -errno} + descriptors from there on ──►
  *       ◄── {ATTEND, pid, terminal}
  *       passes signals on; {WINDOW} ──► when the terminal's size changed; {ENDED, status} ──►
  *       ◄── {EXIT, code}
@@ -32,7 +32,7 @@
 
 #include "spawn.h"
 
-enum { VERSION = 1 };
+enum { VERSION = 2 };
 enum { SPAWN = 1, WAIT, FDS, ATTEND, EXIT };
 enum { REPLY = 0, WINDOW, ENDED };
 enum { MAX_FDS = 200 };
@@ -214,11 +214,11 @@ static void do_wait(int pid)
 	send_word((struct word){REPLY, result < 0 ? -errno : 0, status, 0}, NULL, 0);
 }
 
-static void give_descriptors(int count)
+static void give_descriptors(int count, int first)
 {
 	int fds[MAX_FDS];
 	for (int i = 0; i < count && i < MAX_FDS; i++) {
-		fds[i] = 3 + i;
+		fds[i] = first + i;
 		if (fcntl(fds[i], F_GETFD) < 0 || fds[i] == worker)
 			count = -1;
 	}
@@ -261,7 +261,7 @@ static int serve(void)
 		switch (word.what) {
 		case SPAWN: do_spawn(word, fds, count); break;
 		case WAIT: do_wait(word.a); break;
-		case FDS: give_descriptors(word.a); break;
+		case FDS: give_descriptors(word.a, word.b); break;
 		case ATTEND: code = attend(word.a, word.b); break;
 		case EXIT: return word.a;
 		}

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from boxship.runtime.state import Container
 
 SPEC_LIMIT = 64 << 20
-_MAX_PASSED = 200  # what one message carries (SCM_MAX_FD is 253)
+_MAX_PASSED = 1 << 20  # fs.nr_open as kernels come; the caller's limit of open files is what counts
 EXEC_FAILED = 255
 """The exit code of a process whose program could not be executed, as runc's init has it."""
 
@@ -455,7 +455,9 @@ def take_environment(context: Context, story: Story, options: CreateOptions) -> 
     if count:
         try:
             story.preserve_fds = context.parent.inherited(count)
-        except OSError:
+        except OSError as error:
+            if error.errno == errno.EMFILE:
+                raise InvalidArgument(f"preserve-fds: {count} descriptors: {os.strerror(errno.EMFILE).lower()}") from None
             raise InvalidArgument(f"preserve-fds: some of the descriptors 3 to {count + 2} are not open") from None
 
 

@@ -58,6 +58,8 @@ _PASSWD_LIMIT = 1 << 18
 _CHUNK = 150
 """Operations after which the parent lets init begin: few enough to keep both at work, many enough to pay for the way."""
 _FDS_AT_ONCE = 200  # SCM_RIGHTS takes 253
+_PASSED_AT_ONCE = 100
+_CTL_AT_LEAST = 1000  # where init.c puts its end of the control socket, if it may
 
 
 class Story:
@@ -288,8 +290,7 @@ class Story:
 
     def _keep(self, fd: Reg, register: Reg) -> int:
         """Move a descriptor out of the numbers that `pass_descriptors` fills, into `register`; the operation's index."""
-        least = 3 + 2 * len(self.preserve_fds) + 1
-        index = self.p.call(sc.FCNTL, fd, 1030, least, dst=register, what="dup")  # F_DUPFD_CLOEXEC
+        index = self.p.call(sc.FCNTL, fd, 1030, self._lowest_own(), dst=register, what="dup")  # F_DUPFD_CLOEXEC
         self.fs.close(fd)
         return index
 
@@ -667,17 +668,31 @@ class Story:
 
     def pass_descriptors(self) -> None:
         """Put the descriptors that the caller asked to keep into place, from 3 on; all others close at exec."""
-        high = []
-        count = len(self.preserve_fds)
-        for i, fd in enumerate(self.preserve_fds):
-            # First all out of the way of one another.
-            high.append(self.p.keep())
-            came = self.send(fd)
-            self.p.call(sc.FCNTL, came, 1030, 3 + count, dst=high[i], what=f"pass descriptor {3 + i}")
-            self.fs.close(came)
-        for i, fd_register in enumerate(high):
-            self.p.call(sc.DUP3, fd_register, 3 + i, 0, what=f"pass descriptor {3 + i}")
-            self.fs.close(fd_register)
+        fds, place = self.preserve_fds, 3
+        if self._lowest_own() > _CTL_AT_LEAST:
+            # The control socket itself would be in the way.
+            old = self.p.new()
+            self.p.set(old, CTL)
+            self.p.call(sc.FCNTL, CTL, 1030, self._lowest_own(), dst=CTL, what="dup")
+            self.fs.close(old)
+        for start in range(0, len(fds), _PASSED_AT_ONCE):
+            if start:
+                self.go()
+            came = [self.send(fd) for fd in fds[start : start + _PASSED_AT_ONCE]]
+            high = self.p.new()
+            for number, register in enumerate(came, place):
+                # First all out of the way of one another.
+                self.p.call(sc.FCNTL, register, 1030, 3 + len(fds), dst=high, what=f"pass descriptor {number}")
+                self.fs.close(register)
+                self.p.set(register, high)
+            for number, register in enumerate(came, place):
+                self.p.call(sc.DUP3, register, number, 0, what=f"pass descriptor {number}")
+                self.fs.close(register)
+            place += len(came)
+
+    def _lowest_own(self) -> int:
+        """The first number that `pass_descriptors` does not use."""
+        return 4 + len(self.preserve_fds) + min(len(self.preserve_fds), _PASSED_AT_ONCE)
 
     def enter_directory(self) -> None:
         """Go to process.cwd while still the runtime's identity; `become_user` tries again where that one may not.

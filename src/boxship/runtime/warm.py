@@ -36,12 +36,13 @@ IDLE_ELSEWHERE_S = 10.0
 """In a mount namespace that is not the machine's own: the server holds it, and with it all that is mounted there."""
 WORKERS = 3
 _WORD = Struct("=iiii")
-_VERSION = 1
+_VERSION = 2
 _PR_SET_PDEATHSIG = 1
 _REFILL_S = 0.03
 _REHEARSALS = 30
 _IN_CHANGES = 0x8 | 0x40 | 0x80 | 0x200 | 0x400 | 0x800  # CLOSE_WRITE, MOVED_FROM, MOVED_TO, DELETE, DELETE_SELF, MOVE_SELF
 _SPAWN, _WAIT, _FDS, _ATTEND, _EXIT = 1, 2, 3, 4, 5
+_FDS_AT_ONCE = 200  # as boxrun.c has room for
 _REPLY, _WINDOW, _ENDED = 0, 1, 2
 _FIELDS = (
     b"\nUid:", b"\nGid:", b"\nGroups:", b"\nCapInh:", b"\nCapPrm:", b"\nCapEff:", b"\nCapBnd:", b"\nCapAmb:",
@@ -152,10 +153,16 @@ class Caller:
 
     def inherited(self, count: int) -> list[int]:
         """See `Parent`."""
-        self.ask(_FDS, count)
-        _, error, _, fds = self.answer(count)
-        if error < 0:
-            raise OSError(-error, os.strerror(-error))
+        fds: list[int] = []
+        while len(fds) < count:
+            wanted = min(count - len(fds), _FDS_AT_ONCE)
+            self.ask(_FDS, wanted, 3 + len(fds))
+            _, error, _, came = self.answer(wanted)
+            if error == 0 and len(came) < wanted:
+                error = -errno.EMFILE  # ours, not the caller's
+            if error < 0:
+                raise OSError(-error, os.strerror(-error))
+            fds += came
         return fds
 
 

@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -168,6 +169,34 @@ def test_descriptors_are_passed_on_in_order(
     assert [link.rsplit("/", 1)[-1] for link in links[: len(numbers)]] == [f"file{n}" for n in numbers]
     assert all("file" not in link for link in links[len(numbers) :]), links
     assert told.split() == ([str(listen), "1"] if listen else [])
+
+
+HOLDING = """
+import os, sys
+count, folder, *words = sys.argv[1:]
+for number in range(3, 3 + int(count)):
+    assert os.open(f"{folder}/file{number}", os.O_RDWR | os.O_CREAT) == number
+    os.set_inheritable(number, True)
+os.execv(words[0], words)
+"""
+
+
+@pytest.mark.parametrize("count", [201, 600, 1200])
+@pytest.mark.parametrize("command", ["run", "exec"])
+def test_many_descriptors_are_passed_on(machine: Machine, bundle: Bundle, box: str, tmp_path: Path, way: bool, command: str, count: int) -> None:
+    """More than fit into one message, and so many that the runtime's own have to make room."""
+    script = f"ls -l /proc/$$/fd | grep -c /file; for n in 3 {count + 2}; do readlink /proc/$$/fd/$n; done"
+    bundle.process.pop("rlimits", None)
+    env = {} if way else {"BOXRUN_WARM": "0"}
+    words = [sys.executable, "-I", "-c", HOLDING, str(count), str(tmp_path), machine.exe, command, "--preserve-fds", str(count)]
+    if command == "run":
+        bundle.shell(script)
+        done = machine.start([*words, "--bundle", bundle.write(), box], env=env).wait()
+    else:
+        machine.ok("run", "--detach", "--bundle", bundle.write(), box)
+        done = machine.start([*words, box, "sh", "-c", script], env=env).wait()
+    assert done.code == 0, done
+    assert done.out.split() == [str(count), f"{tmp_path}/file3", f"{tmp_path}/file{count + 2}"]
 
 
 def test_exec_passes_descriptors_on(machine: Machine, running: str, tmp_path: Path, way: bool) -> None:
