@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import struct
@@ -20,6 +21,7 @@ from boxship.abi import process as abi
 from boxship.kit.errors import BoxshipError, InvalidArgument
 from boxship.linux import _sys, capabilities, idmaps, keyring, lsm, mounts, netdevice, rlimits, scheduler, seccomp
 from boxship.linux import namespaces as namespaces_of
+from support.machine import capability_sets
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 
@@ -136,13 +138,13 @@ def test_the_kernel_takes_the_sets() -> None:
         _sys.syscall(syscalls.CAPSET, header, data)
         if wanted >> 5 & 1:
             _sys.syscall(syscalls.PRCTL, capability.PR_CAP_AMBIENT, capability.PR_CAP_AMBIENT_RAISE, 5, 0, 0)
-        return " ".join(f"{value:x}" for value in capabilities.of_process(os.getpid()).values())
+        return json.dumps(capability_sets(Path("/proc/self/status").read_text()))
 
-    bounding, effective, permitted, inheritable, ambient = in_child(child).split()
-    assert int(bounding, 16) == capabilities.bounding()
-    assert int(effective, 16) == wanted & 1
-    assert int(permitted, 16) == int(inheritable, 16) == wanted
-    assert int(ambient, 16) == wanted & 1 << 5
+    sets = json.loads(in_child(child))
+    assert sets["CapBnd"] == capabilities.bounding()
+    assert sets["CapEff"] == wanted & 1
+    assert sets["CapPrm"] == sets["CapInh"] == wanted
+    assert sets["CapAmb"] == wanted & 1 << 5
 
 
 # Keyrings.

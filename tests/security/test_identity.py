@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from support.machine import Bundle, Machine
+from support.machine import Bundle, Machine, capability_sets
 
 
 @pytest.mark.parametrize(
@@ -78,10 +78,6 @@ def test_a_mapping_of_ids_beyond_the_last_is_refused(machine: Machine, bundle: B
     assert done.code == (0 if size == 4294967295 else 1), done
 
 
-def capabilities(text: str) -> dict[str, int]:
-    return {line[:6]: int(line.split()[1], 16) for line in text.splitlines() if line.startswith("Cap")}
-
-
 @pytest.mark.parametrize("uid", [0, 1000])
 def test_no_capability_is_inheritable_unless_the_configuration_says_so(machine: Machine, bundle: Bundle, uid: int) -> None:
     """CVE-2022-29162 (crun 2022-27650, podman 2022-27649, moby 2022-24769): files with capabilities would give more."""
@@ -89,11 +85,11 @@ def test_no_capability_is_inheritable_unless_the_configuration_says_so(machine: 
     bundle.process["user"] = {"uid": uid, "gid": uid}
     machine.ok("run", "-d", "-b", bundle.write(), container)
     for flags in ([], ["--cap", "CAP_NET_RAW"], ["--cap", "CAP_SYS_PTRACE", "--cap", "CAP_NET_RAW"], ["--user", "5:5", "--cap", "CAP_KILL"]):
-        seen = capabilities(machine.ok("exec", *flags, container, "cat", "/proc/self/status"))
+        seen = capability_sets(machine.ok("exec", *flags, container, "cat", "/proc/self/status"))
         assert seen["CapInh"] == 0, flags
         assert seen["CapAmb"] == 0, flags
     with open(f"/proc/{machine.state(container)['pid']}/status") as file:
-        seen = capabilities(file.read())
+        seen = capability_sets(file.read())
     assert seen["CapInh"] == seen["CapAmb"] == 0
     machine.ok("delete", "-f", container)
 
@@ -114,7 +110,7 @@ def test_a_process_has_the_capabilities_listed_and_no_other(machine: Machine, bu
     bundle.process["args"] = ["cat", "/proc/self/status"]
     done = machine("run", "-b", bundle.write(), machine.name())
     assert done.code == 0, done
-    seen = capabilities(done.out)
+    seen = capability_sets(done.out)
     assert seen["CapBnd"] == 1 << 5 | 1 << 0
     assert seen["CapInh"] == 1 << 5
     assert seen["CapAmb"] == 0
@@ -134,7 +130,7 @@ def test_a_process_of_exec_is_confined_as_its_container_is(machine: Machine, bun
     out = machine.ok("exec", container, "cat", "/proc/self/status")
     assert "NoNewPrivs:\t1" in out
     assert "Seccomp:\t2" in out
-    assert capabilities(out)["CapBnd"] == capabilities(machine.ok("exec", container, "cat", "/proc/1/status"))["CapBnd"]
+    assert capability_sets(out)["CapBnd"] == capability_sets(machine.ok("exec", container, "cat", "/proc/1/status"))["CapBnd"]
     assert machine("exec", container, "mkdir", "/tmp/x").code == 1
     machine.ok("delete", "-f", container)
 
@@ -159,4 +155,4 @@ def test_a_process_file_for_exec_is_checked_as_the_configuration_is(
     if process.get("user", {}).get("uid"):  # type: ignore[attr-defined]
         assert done.code == 255, done
     else:
-        assert capabilities(done.out)["CapInh"] == capabilities(done.out)["CapAmb"] == 0
+        assert capability_sets(done.out)["CapInh"] == capability_sets(done.out)["CapAmb"] == 0

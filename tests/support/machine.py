@@ -292,6 +292,11 @@ def remove_our_cgroups() -> None:
         time.sleep(0.01)
 
 
+def capability_sets(status: str) -> dict[str, int]:
+    """The sets in a text of /proc/PID/status, by its names for them."""
+    return {line[:6]: int(line.split()[1], 16) for line in status.splitlines() if line.startswith("Cap")}
+
+
 def _is_warm(command: str) -> bool:
     return "boxship.runtime.warm" in command
 

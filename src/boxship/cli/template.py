@@ -19,6 +19,7 @@ import os
 
 from boxship.cli import host
 from boxship.cli.scratch import prepare, remove_tree
+from boxship.kit.files import is_locked
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -138,16 +139,7 @@ def _collect(home: str, scratch_base: str) -> None:
 
 
 def _being_made(path: str) -> bool:
-    if not os.path.basename(path).startswith("."):
-        return False
-    probe = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(probe)
-    return False
+    return os.path.basename(path).startswith(".") and is_locked(path)
 
 
 def _in_use(scratch_base: str) -> Iterable[str]:

@@ -61,3 +61,17 @@ def read_all(path: str, limit: int = 1 << 24, dir_fd: int | None = None) -> byte
         return b"".join(parts)
     finally:
         os.close(fd)
+
+
+def is_locked(path: str, dir_fd: int | None = None) -> bool:
+    """Whether some process holds an exclusive flock(2) on a file or folder. Raises OSError when it cannot be opened."""
+    import fcntl
+
+    probe = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+    try:
+        fcntl.flock(probe, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(probe)
+    return False

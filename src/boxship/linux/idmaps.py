@@ -10,7 +10,6 @@ import errno
 import os
 from itertools import pairwise
 
-from boxship.abi import capability
 from boxship.kit.errors import BoxshipError, InvalidArgument, Unsupported, from_os_error
 
 TYPE_CHECKING = False
@@ -64,17 +63,6 @@ def _text(mapping: Mapping) -> str:
 def maps_only_self(mappings: Sequence[Mapping], own: int) -> bool:
     """Whether the mappings are what an unprivileged caller may write without help: one line with its own effective id."""
     return len(mappings) == 1 and mappings[0][1] == own and mappings[0][2] == 1
-
-
-def can_map_directly(uid_mappings: Sequence[Mapping], gid_mappings: Sequence[Mapping], effective: int) -> bool:
-    """Whether no helper program is needed; `effective` is the caller's capability mask."""
-    for mappings, own, name in (
-        (uid_mappings, os.geteuid(), "CAP_SETUID"), (gid_mappings, os.getegid(), "CAP_SETGID"),
-    ):
-        privileged = effective >> capability.NAMES.index(name) & 1
-        if mappings and not privileged and not maps_only_self(mappings, own):
-            return False
-    return True
 
 
 def _deny_setgroups(pid: int) -> None:

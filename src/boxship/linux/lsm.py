@@ -7,7 +7,6 @@ Linux ≥ 5.8 has /proc/PID/attr/apparmor, so that several modules do not share 
 
 from __future__ import annotations
 
-import errno
 import os
 
 from boxship.abi import syscalls
@@ -88,10 +87,3 @@ def check_label(selinux_label: str) -> None:
     """Raises InvalidArgument when there is a label and no SELinux."""
     if selinux_label and not selinux_enabled():
         raise InvalidArgument("selinux label is specified in config, but selinux is disabled or not supported")
-
-
-def explain_refusal(error: OSError, profile: str) -> str:
-    """What a failed write of an AppArmor profile means: the kernel answers ENOENT for a profile that is not loaded."""
-    if error.errno == errno.ENOENT:
-        return f"apparmor profile {profile} is not loaded"
-    return f"apparmor failed to apply profile {profile}: {os.strerror(error.errno or 0).lower()}"

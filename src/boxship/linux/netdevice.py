@@ -107,11 +107,6 @@ def _route_in(namespace: int) -> _Route:
         os.close(home)
 
 
-def is_valid_name(name: str) -> bool:
-    """Whether the kernel takes it as a device's name, by runc's rule."""
-    return 0 < len(os.fsencode(name)) <= abi.IFNAMSIZ and name not in (".", "..") and not set("/: ") & set(name)
-
-
 def describe(address: Address) -> str:
     """ "192.0.2.1/24"."""
     import _socket

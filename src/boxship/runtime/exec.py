@@ -218,7 +218,7 @@ class _Joining:
             story.become_child()
             p = story.p
         if story.keyring:
-            p.call(sc.KEYCTL, keyring.JOIN_SESSION, story.keyring, what="unable to join session keyring")
+            story.join_keyring(new=False)
 
     def _bind(self, story: Story, cpus: str) -> None:
         """Set the CPU affinity. Raises BoxshipError."""

@@ -277,7 +277,7 @@ class Story:
         if rest & n.CLONE_NEWPID or "pid" in self.joined or "time" in self.new | self.joined.keys():
             self.become_child()
         if self.keyring:
-            self._session_keyring()
+            self.join_keyring(new=True)
         if "network" in self.new:
             self._loopback()
 
@@ -383,13 +383,19 @@ class Story:
         # A terminal has to be taken by the leader of a session, which the child of one is not.
         self.p.call(sc.SETSID, on_err=NEXT)
 
-    def _session_keyring(self) -> None:
-        # Not the caller's keyring: its keys are the host's.
+    def join_keyring(self, *, new: bool) -> None:
+        """Enter the container's session keyring, not to keep the caller's, whose keys are the host's; `new`: it is made."""
+        from boxship.linux import lsm
         from boxship.linux.keyring import JOIN_SESSION, SETPERM, permissions
 
+        attributes = lsm.key_attributes(self.process.selinux_label or "")
+        self._write_attributes(attributes, "unable to label session keyring")
         ring = self.p.new()
         self.p.call(sc.KEYCTL, JOIN_SESSION, self.keyring, dst=ring, what="unable to join session keyring")
-        self.p.call(sc.KEYCTL, SETPERM, ring, permissions(userns=self.userns), what="unable to mod keyring permissions")
+        if new:
+            self.p.call(sc.KEYCTL, SETPERM, ring, permissions(userns=self.userns), what="unable to mod keyring permissions")
+        # The user's own keys are labelled by the policy.
+        self._write_attributes([(path, b"") for path, _ in attributes], "unable to label session keyring")
 
     def _loopback(self) -> None:
         p = self.p
@@ -630,12 +636,18 @@ class Story:
         """Ask the security module for the profile that execve(2) shall switch to."""
         from boxship.linux import lsm
 
+        profile, label = self.process.apparmor_profile or "", self.process.selinux_label or ""
+        doing = "unable to apply apparmor profile: apparmor failed to apply profile"
+        self._write_attributes(lsm.exec_attributes(profile, ""), doing)
+        self._write_attributes(lsm.exec_attributes("", label), "can't set process label")
+
+    def _write_attributes(self, attributes: list[tuple[str, bytes]], doing: str) -> None:
         p = self.p
-        for path, data in lsm.exec_attributes(self.process.apparmor_profile or "", self.process.selinux_label or ""):
+        for path, data in attributes:
             fd = p.new()
-            what = f"unable to apply profile: open /proc/self/{path}"
-            p.call(sc.OPENAT, self.proc, f"self/{path}", os.O_WRONLY | m.O_CLOEXEC, dst=fd, what=what)
-            p.call(sc.WRITE, fd, data, len(data), what=f"unable to apply profile: write /proc/self/{path}")
+            path = f"self/{path}"
+            p.call(sc.OPENAT, self.proc, path, os.O_WRONLY | m.O_CLOEXEC, dst=fd, what=f"{doing}: open /proc/{path}")
+            p.call(sc.WRITE, fd, data, len(data), what=f"{doing}: write /proc/{path}")
             self.fs.close(fd)
 
     def take_scheduling(self) -> None:

@@ -6,12 +6,12 @@ Spec: runtime-spec 1.3.0, config-linux.md "Control groups"; which devices every 
 
 from __future__ import annotations
 
-from boxship.kit.errors import FailedPrecondition, InvalidArgument, Unsupported
+from boxship.kit.errors import FailedPrecondition, InvalidArgument
 from boxship.linux.cgroups.limits import ANY, DeviceRule, Limits
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     from boxship.oci.config import BlockIO, CgroupDevice, Resources, ThrottleDevice
     from boxship.runtime.state import Container
@@ -24,6 +24,13 @@ _DEFAULT_DEVICES = (
     ("", ("c", 136, ANY, "rwm")), ("", ("c", 5, 2, "rwm")),  # /dev/pts/*, /dev/ptmx
     ("", ("c", 10, 200, "rwm")),  # /dev/net/tun: removing it broke too many users
 )
+
+
+# What is called the same in the configuration and in `Limits`, where a prefix says of what.
+_SAME_NAMES = {
+    prefix: tuple(name.removeprefix(prefix) for name in Limits.__slots__ if name.startswith(prefix))
+    for prefix in ("memory_", "cpu_")
+}
 
 
 def device_rules(rules: list[CgroupDevice], node_paths: Iterable[str] = ()) -> list[DeviceRule]:
@@ -59,35 +66,18 @@ def limits(resources: Resources | None, *, devices: bool = True, node_paths: Ite
         result.devices = device_rules(resources.devices if resources else [], node_paths)
     if resources is None:
         return result
-    memory, cpu, network = resources.memory, resources.cpu, resources.network
-    if memory is not None:
-        result.memory_limit = memory.limit
-        result.memory_reservation = memory.reservation
-        result.memory_swap = memory.swap
-        result.memory_kernel = memory.kernel
-        result.memory_kernel_tcp = memory.kernel_tcp
-        result.memory_swappiness = memory.swappiness
-        result.memory_disable_oom_killer = memory.disable_oom_killer
-        result.memory_use_hierarchy = memory.use_hierarchy
-        result.memory_check_before_update = memory.check_before_update
-    if cpu is not None:
-        result.cpu_shares = cpu.shares
-        result.cpu_quota = cpu.quota
-        result.cpu_burst = cpu.burst
-        result.cpu_period = cpu.period
-        result.cpu_realtime_runtime = cpu.realtime_runtime
-        result.cpu_realtime_period = cpu.realtime_period
-        result.cpu_cpus = cpu.cpus
-        result.cpu_mems = cpu.mems
-        result.cpu_idle = cpu.idle
+    for prefix, group in (("memory_", resources.memory), ("cpu_", resources.cpu)):
+        if group is not None:
+            for name in _SAME_NAMES[prefix]:
+                setattr(result, prefix + name, getattr(group, name))
     if resources.pids is not None:
         result.pids_limit = resources.pids.limit
     if resources.block_io is not None:
         _block_io(resources.block_io, result)
     result.hugepages = [(limit.page_size, limit.limit) for limit in resources.hugepage_limits]
-    if network is not None:
-        result.net_classid = network.class_id
-        result.net_priorities = [(priority.name, priority.priority) for priority in network.priorities]
+    if resources.network is not None:
+        result.net_classid = resources.network.class_id
+        result.net_priorities = [(priority.name, priority.priority) for priority in resources.network.priorities]
     result.rdma = {name: (limit.hca_handles, limit.hca_objects) for name, limit in resources.rdma.items()}
     result.unified = dict(resources.unified)
     return result
@@ -114,80 +104,6 @@ def warnings(resources: Resources | None) -> list[str]:
     if memory is not None and (memory.kernel is not None or memory.kernel_tcp is not None):
         return ["Kernel memory settings are ignored and will be removed"]
     return []
-
-
-# --- update ----------------------------------------------------------------------------------------------------------
-
-# flag: (member of LinuxResources, its member, how the text is read)
-_UPDATE_FLAGS = {
-    "blkio-weight": ("blockIO", "weight", "int"), "cpu-period": ("cpu", "period", "uint"), "cpu-quota": ("cpu", "quota", "int"),
-    "cpu-burst": ("cpu", "burst", "uint"), "cpu-share": ("cpu", "shares", "uint"),
-    "cpu-rt-period": ("cpu", "realtimePeriod", "uint"), "cpu-rt-runtime": ("cpu", "realtimeRuntime", "int"),
-    "cpu-idle": ("cpu", "idle", "int"), "cpuset-cpus": ("cpu", "cpus", ""), "cpuset-mems": ("cpu", "mems", ""),
-    "memory": ("memory", "limit", "size"), "memory-swap": ("memory", "swap", "size"),
-    "memory-reservation": ("memory", "reservation", "size"), "kernel-memory": ("memory", "kernel", "size"),
-    "kernel-memory-tcp": ("memory", "kernelTCP", "size"), "pids-limit": ("pids", "limit", "int"),
-}
-_UNITS = "bkmgtp"
-
-
-def ram_in_bytes(text: str) -> int:
-    """Bytes for "64m", "1.5 GiB" and the like: powers of 1024, as docker's and runc's flags take them. Raises InvalidArgument."""
-    number = text.rstrip("bBiIkKmMgGtTpP")
-    suffix = text[len(number) :].lower()
-    number = number.removesuffix(" ") if suffix else number
-    unit = suffix[:1] or "b"
-    if suffix not in ("", unit, unit + "b", unit + "ib") or suffix in ("bb", "bib") or unit not in _UNITS:
-        raise InvalidArgument(f"invalid suffix: '{suffix}'")
-    try:
-        value = float(number)
-    except ValueError:
-        value = -1.0
-    if not number[:1].isdecimal() or not 0 <= value < 2**63:
-        raise InvalidArgument(f"invalid size: '{text}'")
-    return int(value * 1024 ** _UNITS.index(unit))
-
-
-def _number(text: str, *, signed: bool) -> int:
-    digits = text[1:] if text[:1] == "+" or (signed and text[:1] == "-") else text
-    function = "ParseInt" if signed else "ParseUint"
-    if not (digits.isascii() and digits.isdecimal()):
-        raise InvalidArgument(f'strconv.{function}: parsing "{text}": invalid syntax')
-    value = int(text)
-    if not (-(1 << 63) <= value < 1 << 63 if signed else value < 1 << 64):
-        raise InvalidArgument(f'strconv.{function}: parsing "{text}": value out of range')
-    return value
-
-
-def resources_from_flags(values: Mapping[str, object]) -> dict[str, object]:
-    """The LinuxResources object for the flags of `update` that were given. Raises InvalidArgument, Unsupported."""
-    change: dict[str, object] = {}
-    for flag, given in values.items():
-        if flag in ("l3-cache-schema", "mem-bw-schema") and given:
-            raise Unsupported(
-                "Intel RDT/CAT: l3 cache schema is not enabled" if flag == "l3-cache-schema"
-                else "Intel RDT/MBA: memory bandwidth schema is not enabled"
-            )
-        if flag not in _UPDATE_FLAGS:
-            continue
-        group, member, kind = _UPDATE_FLAGS[flag]
-        value = given
-        if isinstance(given, str):
-            if not given:
-                continue
-            try:
-                if kind == "size":
-                    value = -1 if given == "-1" else ram_in_bytes(given)
-                elif kind:
-                    value = _number(given, signed=kind == "int")
-            except InvalidArgument as error:
-                raise InvalidArgument(f"invalid value for {flag}: {error}") from None
-        elif flag == "blkio-weight" and not given:
-            continue
-        members = change.setdefault(group, {})
-        assert isinstance(members, dict)
-        members[member] = value
-    return change
 
 
 def update_limits(container: Container, change: dict[str, object]) -> None:

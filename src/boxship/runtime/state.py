@@ -26,7 +26,7 @@ import os
 
 from boxship.kit import failpoint
 from boxship.kit.errors import AlreadyExists, BoxshipError, FailedPrecondition, InvalidArgument, NotFound
-from boxship.kit.files import read_all, write_atomic, write_new
+from boxship.kit.files import is_locked, read_all, write_atomic, write_new
 from boxship.linux import process
 from boxship.oci import text
 from boxship.runtime.executor import EXECUTOR_LINK
@@ -274,16 +274,7 @@ class Container:
 
     def locked_by_other(self) -> bool:
         """Whether another command is at work on this container now."""
-        import fcntl
-
-        probe = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
-        try:
-            fcntl.flock(probe, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(probe)
-        return False
+        return is_locked(".", self.fd)
 
     def open_note(self, name: str) -> int:
         """A new, empty file of the container's folder, open for init to append to."""

@@ -23,6 +23,7 @@ from _struct import Struct
 
 from boxship.abi import syscalls
 from boxship.kit.errors import BoxshipError, Unavailable
+from boxship.kit.files import is_locked
 from boxship.linux import _sys, remote
 
 TYPE_CHECKING = False
@@ -194,19 +195,10 @@ def launch(path: str) -> None:
 
 
 def _has_server(path: str) -> bool:
-    import fcntl
-
     try:
-        lock = os.open(path + ".lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        return is_locked(path + ".lock")
     except OSError:
         return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(lock)
-    return False
 
 
 def serve(path: str) -> None:

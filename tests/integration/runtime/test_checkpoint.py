@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from support.handover import Receiver, read_until
 from support.machine import Bundle, Machine
 
 Ask = Callable[[Callable[[], object]], object]
@@ -153,53 +152,26 @@ def test_pipes_become_the_restoring_callers(
 
 
 @pytest.fixture
-def console(tmp_path: Path) -> Iterator[Callable[[], int]]:
-    """A console socket at tmp_path/console; the function gives the terminal that came."""
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(tmp_path / "console"))
-    listener.listen()
-    listener.settimeout(20)
-    fds: list[int] = []
-
-    def take() -> int:
-        conn, _ = listener.accept()
-        with conn:
-            fds.extend(socket.recv_fds(conn, 4096, 4)[1])
-        return fds[-1]
-
-    yield take
-    listener.close()
-    for fd in fds:
-        os.close(fd)
-
-
-def read_until(fd: int, wanted: bytes) -> bytes:
-    data, deadline = b"", time.monotonic() + 20
-    os.set_blocking(fd, False)
-    while wanted not in data:
-        assert time.monotonic() < deadline, data
-        try:
-            data += os.read(fd, 4096)
-        except BlockingIOError:
-            time.sleep(0.01)
-    return data
+def console(tmp_path: Path) -> Iterator[Receiver]:
+    made = Receiver(tmp_path / "console")
+    yield made
+    made.close()
 
 
 def test_a_terminal_is_handed_out_again(
-    machine: Machine, bundle: Bundle, box: str, images: Path, environ: dict[str, str], console: Callable[[], int], tmp_path: Path
+    machine: Machine, bundle: Bundle, box: str, images: Path, environ: dict[str, str], console: Receiver
 ) -> None:
     bundle.process["terminal"] = True
     bundle.shell("while read word; do echo got $word; done")
-    socket_path = str(tmp_path / "console")
-    machine.ok("run", "--detach", "--console-socket", socket_path, "--bundle", bundle.write(), box)
-    terminal = console()
+    machine.ok("run", "--detach", "--console-socket", console.path, "--bundle", bundle.write(), box)
+    _, terminal = console.take()
     os.write(terminal, b"one\n")
     read_until(terminal, b"got one")
     machine.ok("checkpoint", "--image-path", str(images), box, env=environ)
     machine.ok(
-        "restore", "--detach", "--console-socket", socket_path, "--image-path", str(images), "--bundle", str(bundle.path), box, env=environ
+        "restore", "--detach", "--console-socket", console.path, "--image-path", str(images), "--bundle", str(bundle.path), box, env=environ
     )
-    terminal = console()
+    _, terminal = console.take()
     assert os.isatty(terminal)
     os.write(terminal, b"two\n")
     read_until(terminal, b"got two")

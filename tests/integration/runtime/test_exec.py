@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.machine import Bundle, Machine
+from support.machine import Bundle, Machine, capability_sets
 
 Ask = Callable[[Callable[[], object]], object]
 
@@ -72,8 +72,7 @@ def test_a_user_that_is_no_number_is_refused(machine: Machine, running: str, use
 
 def test_a_capability_is_added_but_never_inheritable(machine: Machine, running: str) -> None:
     def sets(*flags: str) -> dict[str, int]:
-        lines = machine.ok("exec", *flags, running, "grep", "Cap", "/proc/self/status").splitlines()
-        return {line.split(":")[0]: int(line.split()[1], 16) for line in lines}
+        return capability_sets(machine.ok("exec", *flags, running, "grep", "Cap", "/proc/self/status"))
 
     before, after = sets(), sets("--cap", "CAP_SYS_TIME")
     assert after["CapEff"] == before["CapEff"] | 1 << 25 and after["CapBnd"] == before["CapBnd"] | 1 << 25

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import struct
+from pathlib import Path
 
 import pytest
 
 from boxship.linux import capabilities
+from support.machine import capability_sets
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,7 @@ def test_capset_takes_the_sets_in_two_words() -> None:
 
 
 def test_our_own_sets_are_subsets_of_the_bounding_set() -> None:
-    sets = capabilities.of_process(os.getpid())
-    assert sets["bounding"] == capabilities.bounding()
-    assert sets["effective"] == capabilities.effective()
-    assert sets["effective"] & ~sets["permitted"] == 0
+    sets = capability_sets(Path("/proc/self/status").read_text())
+    assert sets["CapBnd"] == capabilities.bounding()
+    assert sets["CapEff"] == capabilities.effective()
+    assert sets["CapEff"] & ~sets["CapPrm"] == 0

@@ -38,18 +38,6 @@ def test_more_lines_than_the_kernel_takes_are_refused() -> None:
         idmaps.check_mappings(lines)
 
 
-def test_who_can_map_without_help() -> None:
-    uid, gid = os.geteuid(), os.getegid()
-    own = [(0, uid, 1)], [(0, gid, 1)]
-    many = [(0, uid, 1), (1, 100000, 65536)], [(0, gid, 1), (1, 100000, 65536)]
-    setuid, setgid = 1 << 7, 1 << 6
-    assert idmaps.can_map_directly(*own, 0)
-    assert not idmaps.can_map_directly(*many, 0)
-    assert not idmaps.can_map_directly(*many, setuid)
-    assert idmaps.can_map_directly(*many, setuid | setgid)
-    assert not idmaps.can_map_directly([(0, uid, 2)], [], 0)
-
-
 class Files:
     """The map files of a process, and who may write them."""
 

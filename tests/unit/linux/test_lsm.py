@@ -78,11 +78,6 @@ def test_selinux_is_on_with_a_policy_and_its_file_system(
     assert lsm.selinux_enabled() is expected
 
 
-def test_a_refused_profile_is_explained() -> None:
-    assert lsm.explain_refusal(FileNotFoundError(2, "x"), "p") == "apparmor profile p is not loaded"
-    assert lsm.explain_refusal(PermissionError(13, "x"), "p") == "apparmor failed to apply profile p: permission denied"
-
-
 def test_a_session_keyring_can_be_searched_by_its_owner_or_in_a_user_namespace_by_all() -> None:
     assert keyring.permissions(userns=False) == 0x3F1B0000
     assert keyring.permissions(userns=True) == 0x3F130008

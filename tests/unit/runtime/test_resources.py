@@ -6,7 +6,8 @@ import pytest
 
 from boxship.kit.errors import BoxshipError, InvalidArgument
 from boxship.oci.config import Resources
-from boxship.runtime.resources import device_rules, limits, ram_in_bytes, resources_from_flags, warnings
+from boxship.runtime.command.update import ram_in_bytes, resources_from_flags
+from boxship.runtime.resources import device_rules, limits, warnings
 
 
 def resources(**members: object) -> Resources:

@@ -229,7 +229,7 @@ def _id(value: str, what: str) -> int:
 
 def update(call: Invocation, p: Parsed) -> int:
     """`boxrun update`."""
-    from boxship.runtime.resources import resources_from_flags
+    from boxship.runtime.command.update import resources_from_flags
 
     if p.text("resources"):
         source = p.text("resources")

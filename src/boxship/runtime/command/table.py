@@ -68,6 +68,7 @@ class Command:
 def commands() -> dict[str, Command]:
     """The table; built at call, so that only the chosen command's code is imported."""
     from boxship.runtime.command import commands as do
+    from boxship.runtime.command import update
 
     return {
         "checkpoint": Command("checkpoint a running container", _CHECKPOINT, do.checkpoint),
@@ -123,7 +124,7 @@ def commands() -> dict[str, Command]:
         ),
         "start": Command("executes the user defined process in a created container", [], do.start),
         "state": Command("output the state of a container", [], do.state, synopsis="<container-id>"),
-        "update": Command("update container resource constraints", _UPDATE, do.update),
+        "update": Command("update container resource constraints", update.FLAGS, do.update),
     }
 
 
@@ -164,26 +165,6 @@ _RESTORE = [
     *_CRIU, _CONSOLE, _BUNDLE, _DETACH, _PID_FILE, _NO_SUBREAPER, _NO_PIVOT,
     Flag("lsm-profile", "Specify an LSM profile to be used during restore in the form of TYPE:NAME.", STRING),
     Flag("lsm-mount-context", "Specify an LSM mount context to be used during restore.", STRING),
-]
-_UPDATE = [
-    Flag("resources, r", "path to the file containing the resources to update or '-' to read from the standard input", STRING),
-    Flag("blkio-weight", "Specifies per cgroup weight, range is from 10 to 1000", INT),
-    Flag("cpu-period", "CPU CFS period to be used for hardcapping (in usecs). 0 to use system default", STRING),
-    Flag("cpu-quota", "CPU CFS hardcap limit (in usecs). Allowed cpu time in a given period", STRING),
-    Flag("cpu-burst", "CPU CFS hardcap burst limit (in usecs)", STRING),
-    Flag("cpu-share", "CPU shares (relative weight vs. other containers)", STRING),
-    Flag("cpu-rt-period", "CPU realtime period to be used for hardcapping (in usecs). 0 to use system default", STRING),
-    Flag("cpu-rt-runtime", "CPU realtime hardcap limit (in usecs). Allowed cpu time in a given period", STRING),
-    Flag("cpuset-cpus", "CPU(s) to use", STRING), Flag("cpuset-mems", "Memory node(s) to use", STRING),
-    Flag("kernel-memory", "(obsoleted; do not use)", STRING, hidden=True),
-    Flag("kernel-memory-tcp", "(obsoleted; do not use)", STRING, hidden=True),
-    Flag("memory", "Memory limit (in bytes)", STRING),
-    Flag("cpu-idle", "set cgroup SCHED_IDLE or not, 0: default behavior, 1: SCHED_IDLE", STRING),
-    Flag("memory-reservation", "Memory reservation or soft_limit (in bytes)", STRING),
-    Flag("memory-swap", "Total memory usage (memory + swap); set '-1' to enable unlimited swap", STRING),
-    Flag("pids-limit", "Maximum number of pids allowed in the container", INT),
-    Flag("l3-cache-schema", "The string of Intel RDT/CAT L3 cache schema", STRING),
-    Flag("mem-bw-schema", "The string of Intel RDT/MBA memory bandwidth schema", STRING),
 ]
 
 __all__ = ["BOOL", "GLOBAL", "Command", "commands"]
