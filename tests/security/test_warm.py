@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from boxship.linux import _sys
+from boxship.runtime.warm import VERSION
 from support.machine import Bundle, Machine, compile_c
 
 # A caller by hand: connects, introduces itself as boxrun does, and asks for `--version` with what it is now.
-CALL = r"""
+CALL = f"#define WARM_VERSION {VERSION}\n" + r"""
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -37,7 +38,7 @@ static int introduce(int s)
 {
 	int strings = memfd_create("x", 0), folder = open("/", O_PATH | O_DIRECTORY);
 	write(strings, "boxrun\0--version", 17);
-	int word[4] = {1, 2, 0, 022}, fds[5] = {0, 1, 2, folder, strings};
+	int word[4] = {WARM_VERSION, 2, 0, 022}, fds[5] = {0, 1, 2, folder, strings};
 	struct iovec vec = {word, sizeof word};
 	char control[CMSG_SPACE(sizeof fds)];
 	struct msghdr msg = {.msg_iov = &vec, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};

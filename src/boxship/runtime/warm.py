@@ -37,7 +37,8 @@ IDLE_ELSEWHERE_S = 10.0
 """In a mount namespace that is not the machine's own: the server holds it, and with it all that is mounted there."""
 WORKERS = 3
 _WORD = Struct("=iiii")
-_VERSION = 2
+VERSION = 2
+"""Of the messages: boxrun.c's and the worker's must be the same."""
 _PR_SET_PDEATHSIG = 1
 _REFILL_S = 0.03
 _REHEARSALS = 30
@@ -443,7 +444,7 @@ def _serve_one(conn: _socket.socket, identity: list[object]) -> int:
     if len(data) != _WORD.size or len(fds) != 5:
         return 0
     version, argc, envc, umask = _WORD.unpack(data)
-    if version != _VERSION:
+    if version != VERSION:
         return 0
     *stdio, folder, strings = fds
     size = os.fstat(strings).st_size
