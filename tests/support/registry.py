@@ -22,7 +22,7 @@ def digest_of(data):
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
-def descriptor(media_type, data, **more):
+def descriptor(media_type, data, /, **more):
     return {"mediaType": media_type, "digest": digest_of(data), "size": len(data), **more}
 
 

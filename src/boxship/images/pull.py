@@ -85,11 +85,9 @@ class Flights:
         """
         while True:
             flight = self._flights.get(key)
-            started = flight is None
-            if flight is None:
-                flight = self._flights[key] = _Flight()
-                flight.task = asyncio.ensure_future(work(flight.tell))
-                flight.task.add_done_callback(lambda _: self._flights.pop(key, None))
+            started = flight is None or flight.task.done()
+            if flight is None or started:
+                flight = self._start(key, work)
             flight.listeners.append(listener)
             task = flight.task
             try:
@@ -105,6 +103,19 @@ class Flights:
                     task.cancel()
                     await asyncio.wait([task])
             return started
+
+    def _start(
+        self, key: Hashable, work: Callable[[Callable[[str, int], None]], Coroutine[object, object, None]]
+    ) -> _Flight:
+        flight = self._flights[key] = _Flight()
+        flight.task = asyncio.ensure_future(work(flight.tell))
+
+        def ended(_: object) -> None:
+            if self._flights.get(key) is flight:
+                del self._flights[key]
+
+        flight.task.add_done_callback(ended)
+        return flight
 
 
 class _Flight:
@@ -332,13 +343,14 @@ class Fetcher:
         failures = 0
         avoid: set[str] = set()
         resumed = writer.offset > 0
+        farthest = writer.offset
         while True:
-            before = writer.offset
             try:
                 server = await self._transfer(writer, descriptor, avoid, tell)
             except _Broken as broken:
                 avoid.add(broken.server)
-                failures = failures + 1 if writer.offset <= before else 1
+                failures = failures + 1 if writer.offset <= farthest else 1
+                farthest = max(farthest, writer.offset)
                 if failures >= self._repository.transport.limits.attempts:
                     raise broken.error from None
                 resumed = resumed or writer.offset > 0

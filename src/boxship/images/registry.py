@@ -9,6 +9,7 @@ Not here: HTTP itself (`boxship.images.transport`), images as a whole (`boxship.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable, Sequence
@@ -59,6 +60,7 @@ CHUNK_MIN = 5 << 20
 
 _LIST_LIMIT = 8 << 20
 _PAGES = 1000
+_CANCEL_S = 5.0
 _LINK = re.compile(r'<([^>]*)>\s*;[^,]*rel="?next"?')
 _RANGE = re.compile(r"(?:bytes=)?0-(\d+)")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
@@ -466,11 +468,23 @@ class Repository:
             return _location(response, location), last + 1 if last else 0
 
     async def _cancel(self, host: Host, location: str) -> None:
-        try:
-            async with self._send(host, "DELETE", location, "", push=True, accepted=(200, 202, 204), retry=False):
+        """Tell the registry that the rest of an upload will not come. Whatever becomes of it is no matter, but it is waited for."""
+
+        async def delete() -> None:
+            try:
+                async with self._send(host, "DELETE", location, "", push=True, accepted=(200, 202, 204), retry=False):
+                    return
+            except BoxshipError:
                 return
-        except BoxshipError:
-            return
+
+        task = asyncio.ensure_future(delete())
+        try:
+            await asyncio.wait([task], timeout=_CANCEL_S)
+        except asyncio.CancelledError:
+            await asyncio.wait([task], timeout=_CANCEL_S)
+            raise
+        finally:
+            task.cancel()
 
     async def delete_manifest(self, tag_or_digest: str) -> None:
         """Remove a manifest, or a tag where the registry can. Raises NotFound, Unsupported and others."""

@@ -223,25 +223,26 @@ class LocalWriter:
 
     def __init__(self, store: Store, writer: Writer) -> None:
         self._store = store
-        self._writer = writer
+        self.writer = writer
+        """What a worker thread may use by itself."""
 
     @property
     def offset(self) -> int:
-        return self._writer.offset
+        return self.writer.offset
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
         if len(data) <= INLINE:
-            self._writer.write(data)
+            self.writer.write(data)
         else:
-            await _whole(asyncio.to_thread(self._writer.write, data))
+            await _whole(asyncio.to_thread(self.writer.write, data))
 
     async def truncate(self, size: int) -> None:
-        await _whole(asyncio.to_thread(self._writer.truncate, size))
+        await _whole(asyncio.to_thread(self.writer.truncate, size))
 
     async def commit(self, size: int = 0, expected: str = "", labels: Mapping[str, str] | None = None) -> str:
-        digest = expected or self._writer.digest()
+        digest = expected or self.writer.digest()
         try:
-            await _whole(asyncio.to_thread(self._writer.commit, size, expected))
+            await _whole(asyncio.to_thread(self.writer.commit, size, expected))
         except AlreadyExists:
             pass
         if labels:
@@ -249,7 +250,7 @@ class LocalWriter:
         return digest
 
     async def close(self) -> None:
-        self._writer.close()
+        self.writer.close()
 
     async def __aenter__(self) -> LocalWriter:
         return self
