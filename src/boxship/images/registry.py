@@ -468,7 +468,7 @@ class Repository:
             return _location(response, location), last + 1 if last else 0
 
     async def _cancel(self, host: Host, location: str) -> None:
-        """Tell the registry that the rest of an upload will not come. Whatever becomes of it is no matter, but it is waited for."""
+        """Tell the registry that the rest will not come. Whatever becomes of that is no matter, but it is waited for."""
 
         async def delete() -> None:
             try:
