@@ -31,6 +31,7 @@ MS_STRICTATIME = 1 << 24
 MS_LAZYTIME = 1 << 25
 
 MNT_DETACH = 2
+UMOUNT_NOFOLLOW = 8
 
 # fsopen(2), fsmount(2), fsconfig(2): 5.2
 FSOPEN_CLOEXEC = 1
