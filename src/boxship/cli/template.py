@@ -5,7 +5,7 @@ Runs in: the boxship command.
     HOME/                    beside the scratch folders
       current                link to the template in use
       NAME/                  never changed once it has its name
-        etc/, var/           as `boxship.cli.host.build` makes them; lower layers of running containers
+        etc/, var/           as `boxship.images.builtin.machine.build` makes them; lower layers of running containers
         sources.json         what it was made of: {"of": digest of the rules, "files": [[path, identity …], …]}
 
 Lock order: HOME shared while a template is chosen and until a scratch folder refers to it, and while an unfinished one is made
@@ -17,8 +17,8 @@ from __future__ import annotations
 import fcntl
 import os
 
-from boxship.cli import host
 from boxship.cli.scratch import prepare, remove_tree
+from boxship.images.builtin import machine as host
 from boxship.kit.files import is_locked
 
 TYPE_CHECKING = False

@@ -8,6 +8,7 @@ import pytest
 from boxship.cli import host, image
 from boxship.cli.layers import Kernel, Layers
 from boxship.cli.scratch import Scratch
+from boxship.images.builtin import machine as listed
 
 SECRET = "canary-5e1f"
 
@@ -52,7 +53,7 @@ def assemble(machine: Path, scratch: Scratch, **kernel: object) -> Layers:
     settings: dict[str, object] = {"userns": True, "version": (6, 1), "busy": ["/"], **kernel}
     layers = Layers(scratch, Kernel(**settings), ["nosuid", "nodev"])  # type: ignore[arg-type]
     template = machine.parent / "template"
-    host.build(str(template), str(machine))
+    listed.build(str(template), str(machine))
     host.assemble(layers, str(template), str(machine))
     return layers
 

@@ -1,0 +1,1 @@
+"""Images that are made of the machine itself and need no registry: `host` and `python`."""
