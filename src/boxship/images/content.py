@@ -9,7 +9,8 @@ Spec: containerd docs/content-flow.md and its local store, whose layout on disk 
         ref, total, startedat, expected    written when it begins
         data                    locked (flock) by its writer
 
-A blob gets its name by one rename, after its data are on the disk; so whatever is killed whenever, what is below `blobs` is whole.
+A blob gets its name by one rename, after its data are on the disk; so what is below `blobs` is whole, whatever is
+killed and whenever.
 What is left below `ingest` is continued by the next writer of that ref, or aborted.
 Not here: namespaces, labels and garbage collection (`boxship.containerd.metadata`).
 """
