@@ -60,7 +60,7 @@ class Unpacker(Protocol):
         """Whether an image for this platform is to be unpacked."""
 
     async def unpack(
-        self, layers: Sequence[Layer], config: Descriptor, ready: Callable[[Descriptor], Awaitable[None]],
+        self, layers: Sequence[Layer], config: Descriptor, platform: Platform, ready: Callable[[Descriptor], Awaitable[None]],
         progress: Callback | None,
     ) -> None:
         """Unpack the layers, bottom-most first; `ready(descriptor)` returns when the layer's blob is in the store.
@@ -135,9 +135,12 @@ class Fetcher:
     def __init__(
         self, repository: Repository, blobs: Blobs, *, wanted: Sequence[Platform] | None = None, unpacker: Unpacker | None = None,
         callback: Callback | None = None, parallel: int = PARALLEL, flights: Flights | None = None, scope: Hashable = "",
-        keep_partial: bool = False,
+        keep_partial: bool = False, all_metadata: bool = False,
     ) -> None:
-        """`wanted`: platforms; None: this machine's, empty: all. `scope`: what `flights` are shared within (a namespace)."""
+        """`wanted`: platforms; None: this machine's, empty: all. `scope`: what `flights` are shared within (a namespace).
+
+        `all_metadata`: manifest and configuration of every other platform come too, without the layers.
+        """
         self._repository = repository
         self._blobs = blobs
         self._wanted = [platforms.host()] if wanted is None else list(wanted)
@@ -147,6 +150,7 @@ class Fetcher:
         self._flights = flights if flights is not None else Flights()
         self._scope = scope
         self._keep = keep_partial
+        self._all_metadata = all_metadata
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     async def resolve(self, reference: Reference) -> Descriptor:
@@ -157,10 +161,13 @@ class Fetcher:
             await write(self._blobs, media.ref(descriptor), data, descriptor.digest)
         return descriptor
 
-    async def fetch(self, target: Descriptor) -> None:
-        """Fetch `target` and all that it refers to for the platforms that are wanted, and unpack it. All of it or an error."""
+    async def fetch(self, target: Descriptor, name: str = "") -> None:
+        """Fetch `target` and all that it refers to for the platforms that are wanted, and unpack it. All of it or an error.
+
+        `name`: what events name as the parent of the target.
+        """
         try:
-            await self._tree(target, (), 0)
+            await self._tree(target, (name,) if name else (), 0)
         finally:
             # Of several that failed at once, all have ended before the caller learns of the first.
             tasks = [task for task in self._tasks.values() if not task.done()]
@@ -179,9 +186,20 @@ class Fetcher:
         parents = (media.ref(descriptor),)
         if isinstance(document, Index):
             chosen = await self._choose(document, parents)
-            await run_all(self._tree(child, parents, depth + 1) for child in chosen)
+            others = [each for each in document.manifests if each not in chosen] if self._all_metadata else []
+            await run_all([
+                *(self._tree(child, parents, depth + 1) for child in chosen),
+                *(self._metadata(child, parents) for child in others),
+            ])
         elif isinstance(document, Manifest):
             await self._image(document, parents)
+
+    async def _metadata(self, descriptor: Descriptor, parents: tuple[str, ...]) -> None:
+        """Manifest and configuration of an image of which nothing else is wanted."""
+        if media.is_manifest(descriptor.media_type):
+            document = await self._manifest(descriptor, parents)
+            if isinstance(document, Manifest):
+                await self._blob(document.config, (media.ref(descriptor),))
 
     async def _manifest(self, descriptor: Descriptor, parents: tuple[str, ...]) -> Manifest | Index | None:
         """The document, which is stored with the labels that keep its children."""
@@ -252,7 +270,7 @@ class Fetcher:
         if not self._unpacker.wants(image.platform()):
             return
         layers = pair_layers(manifest, image, self._repository.reference.name)
-        await self._unpacker.unpack(layers, manifest.config, ready, self._callback)
+        await self._unpacker.unpack(layers, manifest.config, image.platform(), ready, self._callback)
 
     async def _config(self, descriptor: Descriptor) -> Image:
         return decode_config(await read(self._blobs, descriptor, CONFIG_LIMIT), descriptor.digest)

@@ -49,8 +49,10 @@ class Pusher:
         self._chunk = chunk
         self._blob_tasks: dict[str, asyncio.Task[None]] = {}
 
-    async def push(self, target: Descriptor, tags: Sequence[str]) -> Descriptor:
+    async def push(self, target: Descriptor, tags: Sequence[str], name: str = "") -> Descriptor:
         """Push `target` under `tags` (none: by its digest alone); returns what was pushed, which may be one image of an index.
+
+        `name`: what events name as the parent of what is pushed.
 
         Raises NotFound when content that the image needs is not in the store, and what the registry's client raises.
         """
@@ -58,7 +60,7 @@ class Pusher:
         chosen = await self._choose(node)
         self._blob_tasks = {}
         try:
-            await self._tree(chosen, tags, ())
+            await self._tree(chosen, tags, (name,) if name else ())
         finally:
             for task in self._blob_tasks.values():
                 task.cancel()

@@ -8,7 +8,7 @@ record that names the image is written last, so that a name never stands for hal
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -28,7 +28,7 @@ from boxship.images.registry import Repository
 from boxship.images.service import blobs, from_message, to_message
 from boxship.images.store import Blobs, read
 from boxship.images.transport import Limits, Transport
-from boxship.images.unpack import ServiceUnpacker, chain_ids
+from boxship.images.unpack import ServiceUnpacker, Several, chain_ids
 from boxship.kit.errors import AlreadyExists, InvalidArgument, NotFound
 from boxship.oci import reference
 from boxship.oci.image import ANNOTATION_REF_NAME, MAX_MANIFEST, Descriptor, Index, Manifest, Platform, decode_manifest
@@ -78,33 +78,39 @@ class Images:
     async def pull(
         self, name: str, call: Call, *, wanted: Sequence[Platform] | None = None, unpack: bool = True, snapshotter: str = "",
         labels: Mapping[str, str] | None = None, credentials: CredentialSource | None = None,
-        registries: Configuration | None = None, callback: Callback | None = None, record: str = "",
+        registries: Configuration | None = None, callback: Callback | None = None,
+        record: Callable[[Descriptor, Call], Awaitable[None]] | None = None, all_metadata: bool = False,
+        unpacks: Sequence[tuple[Platform, str]] = (), trace: Callable[[str], None] | None = None,
     ) -> Descriptor:
         """Fetch the image `name` (any reference that people type) and record it; returns its target.
 
-        `wanted`: platforms; None: this machine's, empty: all. `record`: the name of the record, when it is to be another than
-        the whole reference. Raises NotFound, Unauthenticated, PermissionDenied, Unavailable, DataLoss, InvalidArgument and
-        others; then nothing is recorded, and what was fetched goes with the lease.
+        `wanted`: platforms; None: this machine's, empty: all. `all_metadata`: see Fetcher. `unpacks`: (platform, snapshotter)
+        in place of `wanted` and `snapshotter`. `record`: names the image, in place of the whole reference. Raises NotFound,
+        Unauthenticated, PermissionDenied, Unavailable, DataLoss, InvalidArgument and others; then nothing is recorded, and what
+        was fetched goes with the lease.
         """
         parsed = reference.parse(name).tagged()
-        async with self.leased(call) as leased, self.transport(credentials, registries) as transport:
+        async with self.leased(call) as leased, self.transport(credentials, registries, trace) as transport:
             store = blobs(self.containerd.content, leased)
-            unpacker = await self._unpacker(leased, store, snapshotter, wanted) if unpack else None
+            unpacker = await self._unpackers(leased, store, unpacks or ((None, snapshotter),), wanted) if unpack else None
             fetcher = Fetcher(
                 Repository(transport, parsed), store, wanted=wanted, unpacker=unpacker, callback=callback,
-                parallel=self.config.downloads, flights=self._flights, scope=leased.namespace,
+                parallel=self.config.downloads, flights=self._flights, scope=leased.namespace, all_metadata=all_metadata,
             )
             target = await fetcher.resolve(parsed)
-            _tell(callback, "fetching image content", str(parsed), target)
-            await fetcher.fetch(target)
-            await self.record(record or str(parsed), target, leased, labels)
-            _tell(callback, progress.SAVED, record or str(parsed), target)
+            tell(callback, "fetching image content", str(parsed), target)
+            await fetcher.fetch(target, str(parsed))
+            if record is not None:
+                await record(target, leased)
+            else:
+                await self.record(str(parsed), target, leased, labels)
+                tell(callback, progress.SAVED, str(parsed), target)
         return target
 
     async def push(
         self, name: str, call: Call, *, to: str = "", target: Descriptor | None = None, wanted: Sequence[Platform] = (),
         credentials: CredentialSource | None = None, registries: Configuration | None = None, callback: Callback | None = None,
-        chunk: int = 0,
+        chunk: int = 0, trace: Callable[[str], None] | None = None,
     ) -> Descriptor:
         """Push the image recorded as `name` (or `target`) to the reference `to` ("": `name` itself); returns what was pushed.
 
@@ -113,38 +119,42 @@ class Images:
         parsed = reference.parse(to or name).tagged()
         if target is None:
             target = await self.target(name, call)
-        async with self.leased(call) as leased, self.transport(credentials, registries) as transport:
+        async with self.leased(call) as leased, self.transport(credentials, registries, trace) as transport:
             store = blobs(self.containerd.content, leased)
             pusher = Pusher(
                 Repository(transport, parsed), store, wanted=wanted, callback=callback, parallel=self.config.uploads, chunk=chunk
             )
-            return await pusher.push(target, [parsed.tag] if parsed.tag else [])
+            return await pusher.push(target, [parsed.tag] if parsed.tag else [], name)
 
     async def load(
         self, source: Source, call: Call, *, wanted: Sequence[Platform] | None = None, unpack: bool = True, snapshotter: str = "",
         labels: Mapping[str, str] | None = None, callback: Callback | None = None, compress: bool = False,
-        nameless: str = "", rename: Callable[[str], str] | None = None,
+        nameless: str = "", unpacks: Sequence[tuple[Platform, str]] = (),
+        record: Callable[[Descriptor, Call, bool], Awaitable[list[str]]] | None = None,
     ) -> list[Loaded]:
         """The images of an archive or a layout, recorded under their names and unpacked for `wanted` (None: this machine).
 
         `nameless`: those without a name are recorded as `nameless@DIGEST`; "" leaves them without a record, and
-        to garbage collection. `rename(name or tag)` decides on a record's name, "" for none.
+        to garbage collection. `unpacks`: as for pull. `record(target, call, top)` names the index of
+        all (`top`) and each image, in place of this.
         """
         async with self.leased(call) as leased:
             store = blobs(self.containerd.content, leased)
             imported = await archive.load(store, source, callback=callback, compress=compress)
             if unpack:
-                unpacker = await self._unpacker(leased, store, snapshotter, wanted)
+                unpacker = await self._unpackers(leased, store, unpacks or ((None, snapshotter),), wanted)
                 for target in {each.digest: each for each in imported.manifests}.values():
                     await self._unpack(store, target, unpacker, callback)
+            if record is not None:
+                recorded = [(imported.index, await record(imported.index, leased, True))]
+                recorded += [(target, await record(target, leased, False)) for target in imported.manifests]
+                return [Loaded(name, target) for target, names in recorded for name in names]
             found = []
             for target in imported.manifests:
-                name = name_of(target, rename)
-                if not name and nameless:
-                    name = f"{nameless}@{target.digest}"
+                name = name_of(target) or (f"{nameless}@{target.digest}" if nameless else "")
                 if name:
                     await self.record(name, target, leased, labels)
-                    _tell(callback, progress.SAVED, name, target)
+                    tell(callback, progress.SAVED, name, target)
                 found.append(Loaded(name, target))
         return found
 
@@ -224,9 +234,12 @@ class Images:
 
     # What the above is made of.
 
-    def transport(self, credentials: CredentialSource | None, registries: Configuration | None = None) -> Transport:
+    def transport(
+        self, credentials: CredentialSource | None, registries: Configuration | None = None,
+        trace: Callable[[str], None] | None = None,
+    ) -> Transport:
         """The client of registries for one operation, with this caller's credentials."""
-        return Transport(registries or self.config.registries, credentials, self.config.limits, self.config.warn)
+        return Transport(registries or self.config.registries, credentials, self.config.limits, self.config.warn, trace)
 
     @asynccontextmanager
     async def leased(self, call: Call) -> AsyncIterator[Call]:
@@ -266,6 +279,14 @@ class Images:
                 return name
         raise NotFound(f"no usable snapshotter; there are {', '.join(there) or 'none'}")
 
+    async def _unpackers(
+        self, call: Call, store: Blobs, unpacks: Sequence[tuple[Platform | None, str]], wanted: Sequence[Platform] | None
+    ) -> Several:
+        return Several([
+            await self._unpacker(call, store, snapshotter, wanted if platform is None else [platform])
+            for platform, snapshotter in unpacks
+        ])
+
     async def _unpacker(
         self, call: Call, store: Blobs, snapshotter: str, wanted: Sequence[Platform] | None
     ) -> ServiceUnpacker:
@@ -273,7 +294,7 @@ class Images:
         return ServiceUnpacker(self.containerd, call, store, name, wanted=wanted or None, flights=self._flights)
 
     async def _unpack(
-        self, store: Blobs, target: Descriptor, unpacker: ServiceUnpacker, callback: Callback | None
+        self, store: Blobs, target: Descriptor, unpacker: ServiceUnpacker | Several, callback: Callback | None
     ) -> list[str]:
         """The topmost snapshots of the images in `target` that are wanted, the best of an index first."""
         chains = []
@@ -282,7 +303,7 @@ class Images:
             if not unpacker.wants(config.platform()) or not media.is_config(manifest.config.media_type):
                 continue
             layers = pair_layers(manifest, config, target.digest)
-            await unpacker.unpack(layers, manifest.config, _ready, callback)
+            await unpacker.unpack(layers, manifest.config, config.platform(), _ready, callback)
             chains.append((chain_ids([layer.diff_id for layer in layers]) or [""])[-1])
         return chains
 
@@ -313,12 +334,10 @@ async def images_of(store: Blobs, target: Descriptor, depth: int = 0) -> list[Ma
     return [document] if media.is_config(document.config.media_type) else []
 
 
-def name_of(target: Descriptor, rename: Callable[[str], str] | None = None) -> str:
+def name_of(target: Descriptor) -> str:
     """The full name that an imported image's annotations give it; "" when they do not."""
     full = target.annotations.get(ANNOTATION_IMAGE_NAME, "")
     short = target.annotations.get(ANNOTATION_REF_NAME, "")
-    if rename is not None:
-        return rename(full or short)
     name = full or (short if any(mark in short for mark in "/:@") else "")
     try:
         return str(reference.parse(name).tagged()) if name else ""
@@ -334,8 +353,9 @@ def _bare(target: Descriptor) -> Descriptor:
     return Descriptor(media_type=target.media_type, digest=target.digest, size=target.size, annotations=annotations)
 
 
-def _tell(callback: Callback | None, event: str, name: str, target: Descriptor) -> None:
+def tell(callback: Callback | None, event: str, name: str, target: Descriptor) -> None:
+    """An event about a whole image."""
     if callback is not None:
-        callback(Progress(event, name, (), target.size, target.size, target))
+        callback(Progress(event, name, (), 0, 0, target))
 
 

@@ -106,14 +106,14 @@ class Transport:
     def __init__(
         self, configuration: Configuration | None = None, credentials: CredentialSource | None = None,
         limits: Limits | None = None, warn: Callable[[str, str], None] | None = None,
-        notice: Callable[[str], None] | None = None,
+        trace: Callable[[str], None] | None = None,
     ) -> None:
-        """`warn(host, text)` gets each Warning of a server once; `notice(text)` learns of retries."""
+        """`warn(host, text)` gets each Warning of a server once; `trace(line)` each request with its answer, and retries."""
         self.configuration = configuration or Configuration()
         self.limits = limits or Limits()
         self._credentials = credentials or Anonymous()
         self._warn = warn
-        self._notice = notice
+        self._trace = trace
         self._warned: set[tuple[str, str]] = set()
         self._session: aiohttp.ClientSession | None = None
         self._contexts: dict[Host, ssl.SSLContext] = {}
@@ -265,6 +265,8 @@ class Transport:
             raise Unreachable(f"{method} {_shown(url)}: {_of(error)}") from None
         except (aiohttp.ClientError, OSError) as error:
             raise Unavailable(f"{method} {_shown(url)}: the connection broke: {_of(error)}", _RETRY) from None
+        if self._trace is not None:
+            self._trace(f"{method} {_shown(url)}: {response.status} {response.reason}")
         self._warnings(host, response)
         return response
 
@@ -325,8 +327,8 @@ class Transport:
         return pause * (1 + random.random())
 
     async def _pause(self, seconds: float, why: str) -> None:
-        if self._notice is not None:
-            self._notice(f"{why}; trying again in {seconds:.1f} s")
+        if self._trace is not None:
+            self._trace(f"{why}; trying again in {seconds:.1f} s")
         await asyncio.sleep(seconds)
 
     async def pause_before(self, attempt: int, why: str) -> None:

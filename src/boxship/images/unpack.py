@@ -44,6 +44,25 @@ def chain_ids(diff_ids: Sequence[str]) -> list[str]:
     return found
 
 
+class Several:
+    """Unpacks for several platforms or into several snapshotters: each image by the first that wants it."""
+
+    def __init__(self, unpackers: Sequence[ServiceUnpacker]) -> None:
+        self._unpackers = list(unpackers)
+
+    def wants(self, platform: Platform) -> bool:
+        return any(each.wants(platform) for each in self._unpackers)
+
+    async def unpack(
+        self, layers: Sequence[Layer], config: Descriptor, platform: Platform, ready: Callable[[Descriptor], Awaitable[None]],
+        progress: Callback | None,
+    ) -> None:
+        for each in self._unpackers:
+            if each.wants(platform):
+                await each.unpack(layers, config, platform, ready, progress)
+                return
+
+
 class ServiceUnpacker:
     """Unpacks into one snapshotter."""
 
@@ -63,7 +82,7 @@ class ServiceUnpacker:
         return self._matcher.match(platform)
 
     async def unpack(
-        self, layers: Sequence[Layer], config: Descriptor, ready: Callable[[Descriptor], Awaitable[None]],
+        self, layers: Sequence[Layer], config: Descriptor, platform: Platform, ready: Callable[[Descriptor], Awaitable[None]],
         progress: Callback | None,
     ) -> None:
         chains = chain_ids([layer.diff_id for layer in layers])

@@ -208,7 +208,7 @@ def test_layers_are_unpacked_while_others_still_arrive() -> None:
             def wants(self, platform: object) -> bool:
                 return True
 
-            async def unpack(self, layers, config, ready, progress):  # type: ignore[no-untyped-def]
+            async def unpack(self, layers, config, platform, ready, progress):  # type: ignore[no-untyped-def]
                 for layer in layers:
                     await ready(layer.descriptor)
                     assert layer.descriptor.digest in client.store.blobs
