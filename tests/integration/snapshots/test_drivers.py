@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from boxship.containerd.snapshots.driver import ACTIVE, COMMITTED, VIEW, Driver, Info, Mount
+from boxship.containerd.snapshots.erofs import ErofsDriver
 from boxship.containerd.snapshots.native import NativeDriver
 from boxship.containerd.snapshots.overlay import OverlayDriver
 from boxship.kit.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
@@ -20,7 +21,7 @@ from boxship.linux import mounts
 
 pytestmark = pytest.mark.root
 
-DRIVERS: dict[str, Callable[[str], Driver]] = {"overlayfs": OverlayDriver, "native": NativeDriver}
+DRIVERS: dict[str, Callable[[str], Driver]] = {"overlayfs": OverlayDriver, "native": NativeDriver, "erofs": ErofsDriver}
 
 
 @pytest.fixture(params=list(DRIVERS))

@@ -44,25 +44,20 @@ class OverlayDriver(BaseDriver):
         if kind == ACTIVE:
             os.mkdir(os.path.join(directory, "work"), 0o711)
         if parents:
-            self._like_root(upper, parents)
-
-    def _like_root(self, upper: str, parents: list[Row]) -> None:
-        """The root of an overlay looks as its uppermost directory does: as that of the parent."""
-        status = os.stat(self._dirs(parents[0])[0])
-        os.chown(upper, status.st_uid, status.st_gid)
-        os.chmod(upper, stat.S_IMODE(status.st_mode))
-        os.utime(upper, ns=(status.st_atime_ns, status.st_mtime_ns))
+            # The root of an overlay looks as its uppermost directory does: as that of the parent.
+            like(upper, self._dirs(parents[0])[0])
 
     def _dirs(self, row: Row) -> list[str]:
         """The directories of a committed snapshot alone, the uppermost first."""
         return [os.path.join(self.directory(row.id), "fs")]
 
-    def _lowers(self, parents: list[Row]) -> list[str]:
+    def _below(self, row: Row, parents: list[Row]) -> list[str]:
+        """The lower directories of a view or an active snapshot, the uppermost first."""
         return [path for parent in parents for path in self._dirs(parent)]
 
     def _mounts(self, row: Row, parents: list[Row]) -> list[Mount]:
         upper = os.path.join(self.directory(row.id), "fs")
-        lowers = self._lowers(parents)
+        lowers = self._below(row, parents)
         if row.kind == VIEW:
             if len(lowers) <= 1:
                 return [Mount("bind", lowers[0] if lowers else upper, ["ro", "rbind"])]
@@ -76,6 +71,14 @@ class OverlayDriver(BaseDriver):
 
     def _measure(self, row: Row) -> Usage:
         return disk_usage(os.path.join(self.directory(row.id), "fs"))
+
+
+def like(directory: str, other: str) -> None:
+    """Give a directory the owner, mode and times of another."""
+    status = os.stat(other)
+    os.chown(directory, status.st_uid, status.st_gid)
+    os.chmod(directory, stat.S_IMODE(status.st_mode))
+    os.utime(directory, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def _joined(lowers: list[str]) -> str:

@@ -71,7 +71,7 @@ class Mapped:
         self.offset = 0
         self._start = start
         self._end = (os.fstat(fd).st_size if end is None else end) - start
-        self._map = mmap.mmap(fd, start + self._end, access=mmap.ACCESS_READ) if start + self._end > 0 else None
+        self._map = mmap.mmap(fd, start + self._end, access=mmap.ACCESS_READ) if self._end > 0 else None
 
     def __enter__(self) -> Mapped:
         return self
