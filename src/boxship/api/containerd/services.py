@@ -111,6 +111,10 @@ class Containerd:
             setattr(self, attribute, services.get(attribute) or Missing(descriptor_of(attribute).full_name))
         self._close = close
 
+    def on_close(self, close: Callable[[], Awaitable[None]]) -> None:
+        """What `close` does, for a bundle that was put together step by step."""
+        self._close = close
+
     def present(self) -> list[str]:
         """The attributes of the services that are there."""
         return [attribute for attribute in SERVICES if not isinstance(getattr(self, attribute), Missing)]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
@@ -359,6 +360,10 @@ class Server:
         os.chmod(path, mode)
         if uid >= 0 or gid >= 0:
             os.chown(path, uid, gid)
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Answer on a socket that listens already."""
+        self._server = await asyncio.get_running_loop().create_unix_server(lambda: _Served(self), sock=listener)
 
     async def stop(self) -> None:
         """Take no new connections, and close those there are."""

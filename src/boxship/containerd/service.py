@@ -1,0 +1,88 @@
+"""Our containerd, put together: the services over one store, in one process.
+
+Runs in: the daemon, on its event loop.
+Not here: sockets (boxship.api.containerd.server), and which way shims are started (handed in).
+
+    ROOT/                    metadata, content, snapshots; `uuid`
+    STATE/                   bundles of running containers
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from boxship.api.containerd import pb
+from boxship.api.containerd.call import Call
+from boxship.api.containerd.services import Containerd
+from boxship.containerd.events import Events, Exchange, TtrpcEvents
+from boxship.containerd.introspection import Introspection, plugin
+from boxship.containerd.tasks.launch import Launcher
+from boxship.containerd.tasks.service import Tasks
+from boxship.containerd.tasks.shims import Shims
+from boxship.containerd.version import Version
+
+GRPC_PLUGINS = {
+    "containers": "containers", "content": "content", "diff": "diff", "events": "events", "images": "images",
+    "introspection": "introspection", "leases": "leases", "mounts": "mounts", "namespaces": "namespaces",
+    "sandbox_controller": "sandbox-controllers", "sandbox_store": "sandboxes", "snapshots": "snapshots", "streaming": "streaming",
+    "tasks": "tasks", "transfer": "transfer", "version": "version", "health": "healthcheck",
+}
+"""Attribute of the bundle → how containerd calls the plugin."""
+
+
+def _plugins(services: Containerd, root: str) -> list[Any]:
+    host = pb.types.Platform(os="linux", architecture=_architecture())
+    found = [plugin("grpc", GRPC_PLUGINS[each]) for each in services.present() if each in GRPC_PLUGINS]
+    found.append(plugin("grpc", "healthcheck"))
+    found += [
+        plugin("event", "exchange"),
+        plugin("io.containerd.runtime.v2", "task", platforms=[host], exports={"log-uri-schemes": "fifo,binary,file"}),
+        plugin("ttrpc", "events"),
+    ]
+    return found
+
+
+def _architecture() -> str:
+    machine = os.uname().machine
+    return {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}.get(machine, machine)
+
+
+async def open(  # noqa: A001 - as one opens a store
+    root: str, state: str, launcher_for: Callable[[str], Launcher], tables: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Containerd:
+    """The services over what is at `root` and `state`; living shims are found again. Raises OSError, BoxshipError.
+
+    `launcher_for` gives the way to start the shims of a runtime; `tables` are the parts' tables of the configuration.
+    The bundle's `close` lets go of everything; containers live on.
+    """
+    # Folders above bundles are passable for the root users of user namespaces.
+    os.makedirs(root, 0o711, exist_ok=True)
+    os.makedirs(state, 0o711, exist_ok=True)
+    exchange = Exchange()
+    services = Containerd({
+        "version": Version(),
+        "events": Events(exchange),
+        "ttrpc_events": TtrpcEvents(exchange),
+    })
+
+    async def runtime_of(namespace: str, id: str) -> str:  # noqa: A002 - the standard's word
+        response = await services.containers.Get(pb.containers.GetContainerRequest(id=id), Call(namespace))
+        return str(response.container.runtime.name)
+
+    async def runtime_info(request: Any) -> Any:
+        options = request.options if request.HasField("options") else None
+        return await launcher_for(request.runtime_path).info(request.runtime_path, options)
+
+    shims = Shims(root, state, exchange, launcher_for, runtime_of)
+    services.tasks = Tasks(services, shims)
+    services.introspection = Introspection(root, lambda: _plugins(services, root), runtime_info)
+    await shims.load()
+
+    async def close() -> None:
+        exchange.close()
+        await shims.close()
+
+    services.on_close(close)
+    return services
