@@ -17,6 +17,8 @@ import os
 import secrets
 import stat
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from concurrent.futures import CancelledError as FutureCancelledError
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -131,7 +133,24 @@ class _Bridge:
     def __init__(self, loop: asyncio.AbstractEventLoop, blobs: Blobs) -> None:
         self._loop = loop
         self._blobs = blobs
+        self._reading: Future[bytes] | None = None
         self.stopped = False
+
+    def stop(self) -> None:
+        """Called by the loop: the thread is to end, also when it waits for a source that has nothing."""
+        self.stopped = True
+        if self._reading is not None:
+            self._reading.cancel()
+
+    def read(self, work: Coroutine[Any, Any, bytes]) -> bytes:
+        """Wait for the loop to get the next piece of a source."""
+        self._reading = asyncio.run_coroutine_threadsafe(work, self._loop)
+        if self.stopped:
+            self._reading.cancel()
+        try:
+            return self._reading.result()
+        except FutureCancelledError:
+            raise asyncio.CancelledError from None
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Wait for the loop to do it."""
@@ -210,10 +229,7 @@ async def _read_archive(blobs: Blobs, source: Source, callback: Callback | None)
             if callback is not None:
                 loop.call_soon_threadsafe(callback, Progress(progress.LOADING, "archive", (), done))
 
-        def stop() -> None:
-            bridge.stopped = True
-
-        return await in_thread(lambda: _scan(bridge, _inflated(pull, tell)), stop)
+        return await in_thread(lambda: _scan(bridge, _inflated(pull, tell)), bridge.stop)
     finally:
         if own >= 0:
             os.close(own)
@@ -246,9 +262,7 @@ def _stream_reader(bridge: _Bridge, source: Source) -> Callable[[int], bytes]:
         return b"".join(parts)
 
     def pull(_: int) -> bytes:
-        if bridge.stopped:
-            raise asyncio.CancelledError
-        return bridge.run(following())
+        return bridge.read(following())
 
     return pull
 
@@ -463,15 +477,12 @@ async def _load_directory(blobs: Blobs, path: str, callback: Callback | None) ->
     data = await asyncio.to_thread(_small_file, os.path.join(path, LAYOUT_INDEX))
     index = _decode_index(data)
 
-    def stop() -> None:
-        bridge.stopped = True
-
     async def fetch(descriptor: Descriptor, depth: int) -> None:
         algorithm, encoded = digests.split(descriptor.digest)
         name = os.path.join(path, "blobs", algorithm, encoded)
         if not os.path.exists(name):
             return
-        await in_thread(lambda: _store_file(bridge, name, descriptor), stop)
+        await in_thread(lambda: _store_file(bridge, name, descriptor), bridge.stop)
         if callback is not None:
             callback(Progress(progress.COMPLETE, media.ref(descriptor), (), descriptor.size, descriptor.size, descriptor))
         if depth < 8 and (media.is_manifest(descriptor.media_type) or media.is_index(descriptor.media_type)):
@@ -670,14 +681,9 @@ async def import_rootfs(
     try:
         fd = own if own >= 0 else source
         pull = _file_reader(fd) if isinstance(fd, int) else _stream_reader(bridge, source)
-        told = Progress(progress.LOADING, "rootfs")
-
-        def stop() -> None:
-            bridge.stopped = True
-
         if callback is not None:
-            callback(told)
-        layer, diff_id = await in_thread(lambda: _store_rootfs(bridge, pull), stop)
+            callback(Progress(progress.LOADING, "rootfs"))
+        layer, diff_id = await in_thread(lambda: _store_rootfs(bridge, pull), bridge.stop)
     finally:
         if own >= 0:
             os.close(own)
