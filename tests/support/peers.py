@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 _PACKAGES = {"podman": "podman", "conmon": "conmon", "containerd": "containerd", "ctr": "containerd", "dockerd": "docker.io",
-             "docker": "docker.io", "criu": "criu", "ip": "iproute2", "catatonit": "catatonit", "docker-init": "tini"}
+             "docker": "docker.io", "criu": "criu", "docker-registry": "docker-registry", "ip": "iproute2", "catatonit": "catatonit", "docker-init": "tini"}
 
 
 def peer_directories() -> list[Path]:
