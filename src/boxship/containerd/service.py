@@ -9,6 +9,7 @@ Not here: sockets (boxship.api.containerd.server), and which way shims are start
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,10 +19,16 @@ from boxship.api.containerd.call import Call
 from boxship.api.containerd.services import Containerd
 from boxship.containerd.events import Events, Exchange, TtrpcEvents
 from boxship.containerd.introspection import Introspection, plugin
+from boxship.containerd.streaming import Streaming, Streams
 from boxship.containerd.tasks.launch import Launcher
 from boxship.containerd.tasks.service import Tasks
 from boxship.containerd.tasks.shims import Shims
+from boxship.containerd.transfer import Transfer
 from boxship.containerd.version import Version
+from boxship.images.configuration import configure
+from boxship.images.transfer import Images
+
+log = logging.getLogger("boxship.containerd")
 
 GRPC_PLUGINS = {
     "containers": "containers", "content": "content", "diff": "diff", "events": "events", "images": "images",
@@ -39,6 +46,8 @@ def _plugins(services: Containerd, root: str) -> list[Any]:
     found += [
         plugin("event", "exchange"),
         plugin("io.containerd.runtime.v2", "task", platforms=[host], exports={"log-uri-schemes": "fifo,binary,file"}),
+        plugin("streaming", "manager"),
+        plugin("transfer", "local"),
         plugin("ttrpc", "events"),
     ]
     return found
@@ -47,6 +56,10 @@ def _plugins(services: Containerd, root: str) -> list[Any]:
 def _architecture() -> str:
     machine = os.uname().machine
     return {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}.get(machine, machine)
+
+
+def _warned(host: str, text: str) -> None:
+    log.warning("registry %s: %s", host, text)
 
 
 async def open(  # noqa: A001 - as one opens a store
@@ -77,6 +90,11 @@ async def open(  # noqa: A001 - as one opens a store
 
     shims = Shims(root, state, exchange, launcher_for, runtime_of)
     services.tasks = Tasks(services, shims)
+    parts = tables or {}
+    streams = Streams()
+    services.streaming = Streaming(streams)
+    moving = configure(parts.get("images", {}), parts.get("registry", {}), _warned)
+    services.transfer = Transfer(Images(services, moving), streams)
     services.introspection = Introspection(root, lambda: _plugins(services, root), runtime_info)
     await shims.load()
 

@@ -63,17 +63,17 @@ class Unreachable(Unavailable):
 class Limits:
     """How patient the client is; all times in seconds."""
 
-    connect_s: float = 15
-    stall_s: float = 30
+    connect_s: float = 15.0
+    stall_s: float = 30.0
     """Without a byte in either direction."""
-    answer_s: float = 300
+    answer_s: float = 300.0
     """From the end of an upload to its answer: the registry may have to move what it got."""
     attempts: int = 5
     """Of a request, the first included."""
     backoff_s: float = 0.5
     """Before the second attempt; doubled for each further one, with up to as much again at random."""
-    backoff_max_s: float = 20
-    retry_after_max_s: float = 120
+    backoff_max_s: float = 20.0
+    retry_after_max_s: float = 120.0
     """A server that wants a longer pause than this is not waited for."""
     connections: int = 16
     """At once, to one host."""
