@@ -28,7 +28,7 @@ def compile_native(out: Path) -> dict[str, Path]:
     built = {"_sys.abi3.so": out / "_sys.abi3.so", "_init": out / "_init", "boxrun": out / "boxrun"}
     include = sysconfig.get_path("include")
     jobs = {
-        "_sys.abi3.so": ["-shared", "-fPIC", f"-I{include}", str(native / "sys.c")],
+        "_sys.abi3.so": ["-shared", "-fPIC", f"-I{include}", str(native / "sys.c"), str(native / "program.c")],
         "_init": [
             "-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector", "-fno-pie", "-no-pie",
             "-fcf-protection=none", "-fno-asynchronous-unwind-tables", "-Wl,--build-id=none",

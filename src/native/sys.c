@@ -3,6 +3,7 @@
  *   syscall(nr, *args) -> int             any system call; arguments are integers, buffers or None
  *   spawn(fd, name, fds, flags, cgroup)   clone3 + execveat of an open program: no copy of the interpreter's page tables
  *   address(buffer) -> int                where a buffer lies, for structures that hold pointers
+ *   Operations, Reg, Label                programs for init, see program.c
  *
  * Built against the limited API (3.11), so that one shared object serves every later version of Python.
  */
@@ -13,6 +14,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "program.h"
 #include "spawn.h"
 
 static PyObject *os_error(void)
@@ -138,5 +140,10 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_sys", NULL, -1, met
 
 PyMODINIT_FUNC PyInit__sys(void)
 {
-	return PyModule_Create(&module);
+	PyObject *made = PyModule_Create(&module);
+	if (made && program_add_types(made) < 0) {
+		Py_DecRef(made);
+		return NULL;
+	}
+	return made;
 }

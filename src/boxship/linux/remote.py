@@ -28,17 +28,17 @@ from sys import byteorder as _ORDER
 from boxship.abi import syscalls
 from boxship.kit.errors import InvalidArgument
 from boxship.linux import _sys
+from boxship.linux._sys import Label, Operations, Reg
+
+__all__ = [
+    "CTL", "NEXT", "Label", "Program", "Reg", "Remote", "RemoteError", "RemoteGone", "channel", "received", "sealed", "spawn",
+]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import TypeAlias
-
-    Argument: TypeAlias = int | bytes | bytearray | str | "Reg" | None
-
 BASE = 0x200000000000
 SIZE = 16 << 20
-_OP = Struct("=IHHIIqQQQQQQ")
 _RESULT = Struct("=q")
 _WORD = Struct("=II")
 _ANSWER = Struct("=Ii")
@@ -47,20 +47,10 @@ _RESULT_OFFSET = 16
 
 _END, _FORK, _STORE, _LOAD, _EXPECT, _SET, _ANSWER_NOW = 0x10000, 0x10001, 0x10002, 0x10003, 0x10004, 0x10005, 0x10006
 _ASIDE = 0xFFFFFFFE
-_MASK = (1 << 64) - 1
-_FREE_REGISTER, _RECEIVED = 2, 64
+_RECEIVED = 64
 
 NEXT = -1
 """As `on_err`: go on with the following operation."""
-
-
-class Reg:
-    """A register of the remote process: the place of a result that later operations use as an argument."""
-
-    __slots__ = ("number",)
-
-    def __init__(self, number: int) -> None:
-        self.number = number
 
 
 CTL = Reg(1)
@@ -70,16 +60,6 @@ CTL = Reg(1)
 def received(index: int) -> Reg:
     """The register of the index-th descriptor sent along with the program."""
     return Reg(_RECEIVED + index)
-
-
-class Label:
-    """A place in a program that operations before it jump to."""
-
-    __slots__ = ("index", "users")
-
-    def __init__(self) -> None:
-        self.index = 0
-        self.users: list[tuple[int, int]] = []
 
 
 class RemoteError(OSError):
@@ -104,116 +84,22 @@ class RemoteGone(Exception):
     """The remote process ended (killed, or it executed another program) before it answered."""
 
 
-class Program:
+class Program(Operations):
     """Operations in order, with the memory that their arguments point to.
 
     Arguments are integers, `Reg`, None (0), bytes or buffers (a pointer to a copy), and str (a pointer to a
-    NUL-terminated path or name).
+    NUL-terminated path or name). `context` is put in front of every description that follows, e.g. the mount that is being
+    worked on. What is called for every operation (`call`, `place`, `new`, `mark` …) is in src/native/program.c, and
+    described in _sys.pyi.
     """
 
-    def __init__(self) -> None:
-        self._ops: list[list[int]] = []
-        self._what: list[str] = []
-        self._pointers: list[tuple[int, int, int]] = []  # (operation, argument, offset in data)
-        self._data = bytearray()
-        self._strings: dict[str, int] = {}
-        self._next_register = _FREE_REGISTER
-        self._data_base = 0
-        self.context = ""
-        """Put in front of every description, e.g. the mount that is being worked on."""
-
-    def __len__(self) -> int:
-        return len(self._ops)
-
-    def place(self, data: bytes | bytearray, align: int = 8) -> int:
-        """Put `data` into the memory and return its offset, for `Pointer` arithmetic in `address`."""
-        self._data.extend(bytes(-len(self._data) % align))
-        offset = len(self._data)
-        self._data += data
-        return offset
-
-    def _string(self, text: str) -> int:
-        offset = self._strings.get(text)
-        if offset is None:
-            raw = os.fsencode(text)
-            if b"\0" in raw:
-                raise ValueError(f"{text!r} contains a NUL byte")
-            offset = self._strings[text] = self.place(raw + b"\0", 1)
-        return offset
-
-    def call(
-        self, nr: int, *args: Argument, dst: Reg | None = None, what: str = "",
-        on_err: int | Label = 0, on_ok: Label | None = None,
-    ) -> int:
-        """Append one operation and return its index (for `Remote.result`).
-
-        `on_err`: 0 stops the program and makes `Remote.run` raise; NEXT ignores the failure; a `Label` is jumped to.
-        """
-        # Called hundreds of times for a container: every line counts.
-        ops = self._ops
-        index = len(ops)
-        op = [nr, dst.number if dst else 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
-        i = 6
-        for arg in args:
-            kind = type(arg)
-            if kind is int:
-                op[i] = arg & _MASK  # type: ignore[operator]
-            elif kind is Reg:
-                op[i] = arg.number  # type: ignore[union-attr]
-                op[2] |= 1 << i - 6
-            elif kind is str:
-                self._pointers.append((index, i - 6, self._string(arg)))  # type: ignore[arg-type]
-            elif arg is not None:
-                self._pointers.append((index, i - 6, self.place(arg)))  # type: ignore[arg-type]
-            i += 1
-        if on_err:
-            if type(on_err) is Label:
-                on_err.users.append((index, 4))
-            else:
-                op[4] = index + 1
-        if on_ok is not None:
-            on_ok.users.append((index, 3))
-        ops.append(op)
-        context = self.context
-        if context and what:
-            mark = ""
-            if what[0] == "!":
-                mark = "!"
-            elif what[0] == "@":
-                mark = what[: what.index("@", 1) + 1]
-            what = mark + context + what[len(mark) :]
-        self._what.append(what)
-        return index
-
-    def point(self, index: int, argument: int, offset: int) -> None:
-        """Make `argument` of operation `index` the address of what `place` put at `offset`."""
-        self._pointers.append((index, argument, offset))
-
-    def embed(self, at: int, target: int) -> None:
-        """Write the address of `target` (an offset from `place`) into the data at offset `at`: structures with pointers."""
-        self._pointers.append((-1, at, target))
-
-    def new(self) -> Reg:
-        """A register that nothing else in this program uses."""
-        register = Reg(self._next_register)
-        self._next_register += 1
-        if self._next_register >= _RECEIVED:
-            # Descriptors are closed as the program goes, so numbers may be used again far below.
-            self._next_register = 32
-        return register
+    __slots__ = ()
 
     def keep(self) -> Reg:
         """A register that keeps its value over later programs too: never handed out by `new`."""
         global _kept
         _kept = _kept + 1 if _kept < 511 else 400
         return Reg(_kept)
-
-    def mark(self, label: Label) -> None:
-        """Let `label` mean the operation that is appended next."""
-        label.index = len(self._ops)
-        for index, field in label.users:
-            self._ops[index][field] = label.index
-        label.users = []
 
     def end(self) -> int:
         """Answer success and wait for the next program."""
@@ -271,15 +157,14 @@ class Program:
 
     def send_descriptor(self, fd: Reg, what: str) -> None:
         """Send `fd` to the runtime over the control socket; it appears in `Remote.descriptors`."""
-        header = self.place(bytes(56))
+        # struct msghdr: one vector, one control message of 24 bytes.
+        header = self.place(Struct("=24xQ8xQ8x").pack(1, 24))
         vector = self.place(bytes(8) + (1).to_bytes(8, _ORDER))
         control = self.place(Struct("=QiiiI").pack(20, 1, 1, 0, 0))  # SOL_SOCKET, SCM_RIGHTS
         byte = self.place(b"F")
         self.embed(vector, byte)
         self.embed(header + 16, vector)
         self.embed(header + 32, control)
-        self._data[header + 24] = 1
-        self._data[header + 40] = 24
         self.store(control + 16, fd)
         self.point(self.call(syscalls.SENDMSG, CTL, 0, 0x4000, what=what), 1, header)  # MSG_NOSIGNAL
 
@@ -294,29 +179,22 @@ class Program:
         self.point(self.call(syscalls.READ, channel, 0, 8, what="waiting for the seccomp agent", on_err=on_err), 1, word)
         self.call(syscalls.CLOSE, fd, on_err=NEXT)
 
-    def image(self, base: int = 0) -> bytes:
-        """The bytes to put at offset `base` of the shared memory."""
-        ops = self._ops
-        self._data_base = base + len(ops) * _OP_SIZE + (-(base + len(ops) * _OP_SIZE) % 16)
-        start = BASE + self._data_base
-        data = self._data
-        for index, argument, offset in self._pointers:
-            if index < 0:
-                data[argument : argument + 8] = (start + offset).to_bytes(8, _ORDER)
-            else:
-                ops[index][6 + argument] = start + offset
-        pack = _OP.pack
-        body = b"".join([pack(*op) for op in ops])
-        return body.ljust(self._data_base - base, b"\0") + data
-
     def what(self, index: int) -> str:
-        """The description of an operation."""
-        return self._what[index]
+        """The description of an operation, its context in front."""
+        what, context = self.texts[index], self.contexts[index]
+        if not context or not what:
+            return what
+        mark = ""
+        if what[0] == "!":
+            mark = "!"
+        elif what[0] == "@":
+            mark = what[: what.index("@", 1) + 1]
+        return mark + context + what[len(mark) :]
 
     @property
     def descriptions(self) -> list[str]:
         """Of every operation, in order."""
-        return self._what
+        return [self.what(index) for index in range(len(self))]
 
 
 _kept = 400
@@ -453,7 +331,7 @@ class Remote:
     def data(self, offset: int, size: int) -> bytes:
         """`size` bytes of the last program's data, at an offset from `place`."""
         assert self._program is not None
-        return os.pread(self.memory, size, self._program._data_base + offset)
+        return os.pread(self.memory, size, self._program.data_base + offset)
 
 
 def channel() -> tuple[int, int, int]:
