@@ -176,13 +176,15 @@ class _Bridge:
             return expected
         committed = False
         try:
-            if writer.offset:
-                self.run(writer.truncate(0))
-            append = _appender(self, writer)
-            for chunk in chunks:
-                if self.stopped:
-                    raise asyncio.CancelledError
-                append(chunk)
+            # What is whole from the beginning is content that another namespace has brought, or an earlier attempt.
+            if not expected or writer.offset != size:
+                if writer.offset:
+                    self.run(writer.truncate(0))
+                append = _appender(self, writer)
+                for chunk in chunks:
+                    if self.stopped:
+                        raise asyncio.CancelledError
+                    append(chunk)
             try:
                 digest = self.run(writer.commit(size, expected))
             except BoxshipError as error:

@@ -167,9 +167,11 @@ async def write(blobs: Blobs, ref: str, data: bytes, digest: str, labels: Mappin
     if not await exists(blobs, digest):
         writer = await blobs.writer(ref, len(data), digest)
         async with writer:
-            if writer.offset:
-                await writer.truncate(0)
-            await writer.write(data)
+            # What is whole from the beginning is content that another namespace has brought.
+            if writer.offset != len(data):
+                if writer.offset:
+                    await writer.truncate(0)
+                await writer.write(data)
             await writer.commit(len(data), digest, labels)
     if labels:
         await blobs.set_labels(digest, labels)
