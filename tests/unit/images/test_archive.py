@@ -283,6 +283,15 @@ def test_a_manifest_that_lies_about_sizes_is_found_out() -> None:
     refused(layout.tar(), DataLoss, f"has {len(BIG)} bytes, the manifest says 12345")
 
 
+def test_a_layouts_plain_layer_that_is_not_the_images_is_refused() -> None:
+    layout = Layout()
+    image = layout.image([ONE])
+    document = json.loads(layout.blobs[f"blobs/sha256/{image['digest'][7:]}"])
+    document["layers"] = [layout.blob(OCI_LAYER, TWO)]
+    layout.name(layout.blob(image["mediaType"], json.dumps(document).encode()))
+    refused(layout.tar(), DataLoss, "not the one that the image names")
+
+
 def test_a_document_without_end_is_not_read() -> None:
     header = tarfile.TarInfo("manifest.json")
     header.size = 1 << 40
