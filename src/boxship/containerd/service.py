@@ -19,6 +19,7 @@ from boxship.api.containerd.call import Call
 from boxship.api.containerd.services import Containerd
 from boxship.containerd.events import Events, Exchange, TtrpcEvents
 from boxship.containerd.introspection import Introspection, plugin
+from boxship.containerd.sandboxes import Controller
 from boxship.containerd.streaming import Streaming, Streams
 from boxship.containerd.tasks.launch import Launcher
 from boxship.containerd.tasks.service import Tasks
@@ -90,6 +91,7 @@ async def open(  # noqa: A001 - as one opens a store
 
     shims = Shims(root, state, exchange, launcher_for, runtime_of)
     services.tasks = Tasks(services, shims)
+    services.sandbox_controller = Controller(shims, exchange)
     parts = tables or {}
     streams = Streams()
     services.streaming = Streaming(streams)

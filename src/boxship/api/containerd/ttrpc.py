@@ -19,6 +19,8 @@ import struct
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from boxship.api.containerd.call import LEASE_HEADER, TTRPC_NAMESPACE_HEADER, Call
 from boxship.api.containerd.services import Containerd, Method, descriptor_of, methods_of
 from boxship.api.task import pb
@@ -202,9 +204,11 @@ async def dial(address: str, on_close: Callable[[], None] | None = None) -> Conn
 class _Stream:
     """A call with a stream in at least one direction."""
 
-    def __init__(self) -> None:
+    def __init__(self, open: bool) -> None:  # noqa: A002 - the protocol's word
         self.requests: asyncio.Queue[bytes | None] = asyncio.Queue()
-        self.open = True
+        self.open = open
+        if not open:
+            self.requests.put_nowait(None)
 
 
 class _Served(Frames):
@@ -241,7 +245,10 @@ class _Served(Frames):
                                                    "StreamID cannot be re-used and must increment"))
                 return
             self._last = stream
-            task = asyncio.get_running_loop().create_task(self._serve(stream, flags, payload))
+            if flags & (REMOTE_OPEN | REMOTE_CLOSED):
+                # Before the call itself begins: its data may be in the same packet.
+                self._streams[stream] = _Stream(bool(flags & REMOTE_OPEN))
+            task = asyncio.get_running_loop().create_task(self._serve(stream, payload))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         elif kind == DATA:
@@ -255,7 +262,7 @@ class _Served(Frames):
                 running.open = False
                 running.requests.put_nowait(None)
 
-    async def _serve(self, stream: int, flags: int, payload: bytes) -> None:
+    async def _serve(self, stream: int, payload: bytes) -> None:
         where = "request"
         try:
             envelope = pb.ttrpc.Request.FromString(payload)
@@ -265,7 +272,7 @@ class _Served(Frames):
             limit = envelope.timeout_nano / 1e9 if envelope.timeout_nano > 0 else None
             async with asyncio.timeout(limit):
                 if method.client_streaming or method.server_streaming:
-                    await self._streaming(stream, flags, function, method, envelope.payload, call)
+                    await self._streaming(stream, function, method, envelope.payload, call)
                     return
                 answer = await function(method.request.FromString(envelope.payload), call)
             data = pb.ttrpc.Response(payload=answer.SerializeToString()).SerializeToString()
@@ -274,38 +281,35 @@ class _Served(Frames):
             self.send(stream, RESPONSE, 0, data)
         except TimeoutError:
             self._fail(stream, DeadlineExceeded("context deadline exceeded"))
+        except DecodeError as error:
+            self._fail(stream, InvalidArgument(f"unmarshal: {error}"))
         except Exception as error:  # noqa: BLE001 - reported to the peer
             self._fail(stream, self._server.as_error(error, where))
+        finally:
+            self._streams.pop(stream, None)
 
     async def _streaming(
-        self, stream: int, flags: int, function: Callable[..., Any], method: Method, payload: bytes, call: Call,
+        self, stream: int, function: Callable[..., Any], method: Method, payload: bytes, call: Call,
     ) -> None:
-        running = _Stream()
-        if not flags & REMOTE_OPEN:
-            running.open = False
-            running.requests.put_nowait(None)
-        self._streams[stream] = running
+        running = self._streams.setdefault(stream, _Stream(False))
 
         async def requests() -> AsyncIterator[Any]:
             while (data := await running.requests.get()) is not None:
                 yield method.request.FromString(data)
 
+        given = requests() if method.client_streaming else method.request.FromString(payload)
+        if not method.server_streaming:
+            answer = await function(given, call)
+            self.send(stream, RESPONSE, 0, pb.ttrpc.Response(payload=answer.SerializeToString()).SerializeToString())
+            return
+        responses = function(given, call)
         try:
-            given = requests() if method.client_streaming else method.request.FromString(payload)
-            if not method.server_streaming:
-                answer = await function(given, call)
-                self.send(stream, RESPONSE, 0, pb.ttrpc.Response(payload=answer.SerializeToString()).SerializeToString())
-                return
-            responses = function(given, call)
-            try:
-                async for response in responses:
-                    self.send(stream, DATA, 0, response.SerializeToString())
-                    await self.drain()
-            finally:
-                await responses.aclose()
-            self.send(stream, DATA, REMOTE_CLOSED | NO_DATA, b"")
+            async for response in responses:
+                self.send(stream, DATA, 0, response.SerializeToString())
+                await self.drain()
         finally:
-            del self._streams[stream]
+            await responses.aclose()
+        self.send(stream, DATA, REMOTE_CLOSED | NO_DATA, b"")
 
 
 def _call_of(metadata: Iterable[Any]) -> Call:

@@ -10,6 +10,7 @@ Spec: containerd's runtime v2.
         bootstrap.json       where the shim listens, and how (also `address`, written by older shims)
         shim-binary-path     which program the shim is, for those that are programs of their own
         sandbox              the sandbox whose shim holds the container
+        sandboxer            the controller whose sandbox this is, for the bundle of a sandbox
         log                  FIFO of the shim's log
 
 A bundle that goes is renamed to a hidden name first, so that its id is free at once.

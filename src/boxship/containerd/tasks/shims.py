@@ -80,6 +80,13 @@ class Shim:
             self.endpoint.version = 2
             return await self.connection.call(self._service(), method, request, RESPONSES[method], call)
 
+    async def sandbox(self, method: str, request: Any, response: Any) -> Any:
+        """Call a method of the sandbox service, whose answer is a `response`. Raises as `call` does."""
+        if self.connection is None:
+            raise Unavailable(ttrpc.CLOSED)
+        service = "containerd.runtime.sandbox.v1.Sandbox"
+        return await self.connection.call(service, method, request, response, Call(self.bundle.namespace))
+
     def _service(self) -> str:
         return f"containerd.task.v{self.endpoint.version}.Task"
 
@@ -160,14 +167,20 @@ class Shims:
 
     async def start(
         self, namespace: str, id: str, config: bytes | None, runtime: str, options: Any | None,  # noqa: A002 - the standard's word
-        join: Endpoint | None = None, sandbox: str = "",
+        join: Endpoint | None = None, sandbox: str = "", host: str = "",
     ) -> Shim:
-        """Make the bundle and start its shim, or use the one at `join`, that of `sandbox`. Raises AlreadyExists, BoxshipError."""
+        """Make the bundle and start its shim, or use the one at `join`, that of `sandbox`. Raises AlreadyExists, BoxshipError.
+
+        `host` is the name of the controller for which the shim holds a sandbox and not a task.
+        """
         if (namespace, id) in self._shims:
             raise AlreadyExists(f"task {id}: already exists")
         bundle = bundles.create(self._root, self._state, namespace, id, config)
         shim = Shim(bundle, join or Endpoint(""), Launch(bundle, runtime, options))
         try:
+            if host:
+                with open(bundle.file("sandboxer"), "w") as file:
+                    file.write(host)
             if join is None:
                 shim.open_log()
                 shim.endpoint = await self._launcher_for(runtime).start(shim.launch)
@@ -205,10 +218,11 @@ class Shims:
 
     # --- end
 
-    async def remove(self, shim: Shim) -> None:
-        """Forget a task that its shim has deleted: the shim is told to go, and the bundle is removed."""
+    async def remove(self, shim: Shim, shutdown: bool = True) -> None:
+        """Forget a task that its shim has deleted: the shim is told to go (`shutdown`), and the bundle is removed."""
         self._shims.pop((shim.bundle.namespace, shim.bundle.id), None)
-        await self._shutdown(shim)
+        if shutdown:
+            await self._shutdown(shim)
         shim.disconnect()
         try:
             hidden = shim.bundle.hide()
@@ -304,7 +318,7 @@ class Shims:
                 shim.open_log()
             shim.endpoint = _stored_endpoint(bundle)
             await shim.connect(lambda: self._lost(shim))
-            tasked = shim.sandboxed or await self._has_task(shim)
+            tasked = shim.sandboxed or os.path.exists(bundle.file("sandboxer")) or await self._has_task(shim)
         except (BoxshipError, OSError, ValueError) as error:
             log.info("shim of %s is gone: %s", name, error, extra={"namespace": namespace})
             shim.disconnect()
