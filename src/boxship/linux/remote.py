@@ -28,7 +28,11 @@ from sys import byteorder as _ORDER
 from boxship.abi import syscalls
 from boxship.kit.errors import InvalidArgument
 from boxship.linux import _sys
-from boxship.linux._sys import Label, Operations, Reg
+
+try:
+    from boxship.linux._sys import Label, Operations, Reg
+except ImportError:
+    raise ImportError("boxship.linux._sys is not of this version: build the package again, make build") from None
 
 __all__ = [
     "CTL", "NEXT", "Label", "Program", "Reg", "Remote", "RemoteError", "RemoteGone", "channel", "received", "sealed", "spawn",

@@ -51,6 +51,7 @@ def run(
         if not let_go(story, detach=detach):
             made.undo()
             return EXEC_FAILED
+        story.remote.close()
         _poststart(made.container, made.spec.hooks)
     except BaseException as error:
         explained = explain(made.story, error, container=made.container)

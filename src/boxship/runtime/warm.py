@@ -1,15 +1,19 @@
-"""The warm server of boxrun, and the workers that it forks: one for each command.
+"""The warm server of boxrun, and the workers that it forks, which serve one command after the other.
 
 Runs in: the *server*, one a user, identity and set of namespaces: single-threaded, everything imported, its heap frozen.
 It keeps a few workers that wait on the listening socket already, so that not even the fork is on a command's way. A
-*worker* serves one call of the native boxrun (`src/native/boxrun.c`, where the messages are drawn) and ends.
+*worker* serves calls of the native boxrun (`src/native/boxrun.c`, where the messages are drawn), one at a time. It goes on
+to the next only as it was before: after a command that failed, or that left a descriptor or a child, it ends.
 The server starts by itself after a command that had to do without it, and ends when it had none for a while.
 
 What the caller is, and the worker cannot be, it asks the caller to do: children are spawned by the caller's process, so
 that they inherit its limits, session, cgroups and place in the tree of processes.
 
-Invariants: a worker acts only for a caller with its own user, capabilities, confinement and namespaces (`_same_identity`),
-and only with code that is still what is installed (`_stale`).
+    board      memory that all share, two bytes a worker, written by the worker alone once it lives:
+               what it does (NOBODY, WAITING, BUSY, LEAVING), and how many commands it has begun (modulo 256)
+
+Invariants: a worker acts only for a caller with its own user, capabilities, confinement and namespaces (`_is_same`),
+and only with code that is still what is installed (`_stale`). Nothing of a command outlives it in the worker.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from boxship.linux import _sys, remote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import mmap
     from collections.abc import Sequence
 
     from boxship.runtime.rehearsal import Rehearsal
@@ -36,6 +41,13 @@ IDLE_S = 300.0
 IDLE_ELSEWHERE_S = 10.0
 """In a mount namespace that is not the machine's own: the server holds it, and with it all that is mounted there."""
 WORKERS = 3
+"""That wait at most; one that comes back from a command while so many do leaves."""
+_SPARE = 2
+"""That wait at least: with fewer the server forks another, soon."""
+_COMMANDS = 64
+"""After which a worker ends: the collector of garbage is off, and what it would find goes with the process."""
+_SLOTS = 512
+_NOBODY, _WAITING, _BUSY, _LEAVING = 0, 1, 2, 3
 _WORD = Struct("=iiii")
 VERSION = 2
 """Of the messages: boxrun.c's and the worker's must be the same."""
@@ -285,43 +297,42 @@ def _stale() -> bool:
 
 def _keep_workers(listener: _socket.socket, rehearsal: Rehearsal) -> None:
     """Fork workers as they are taken, reap them, and end when idle or stale."""
-    taken, tell = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    waiting: set[int] = set()
-    busy: set[int] = set()
-    last = time.monotonic()
+    import mmap
+
+    board = mmap.mmap(-1, 2 * _SLOTS)
+    woken, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     patience = IDLE_S if _at_home() else IDLE_ELSEWHERE_S
+    last, begun = time.monotonic(), b""
     poll = select.poll()
-    poll.register(taken, select.POLLIN)
+    poll.register(woken, select.POLLIN)
     # The end of a worker wakes the server: one that was killed while it waited leaves callers with nobody to answer.
-    handles: dict[int, int] = {}
+    workers: dict[int, tuple[int, int]] = {}
 
     def fork() -> None:
-        pid = _fork_worker(listener, tell, rehearsal, handles)
-        waiting.add(pid)
-        handles[pid] = os.pidfd_open(pid)
-        poll.register(handles[pid], select.POLLIN)
+        slot = board[:_SLOTS].find(_NOBODY)
+        if slot < 0:
+            time.sleep(_REFILL_S)  # so many at work: callers wait for one of them
+            return
+        board[slot] = _WAITING
+        pid = _fork_worker(listener, _Place(board, slot, wake), rehearsal, [handle for handle, _ in workers.values()])
+        workers[pid] = os.pidfd_open(pid), slot
+        poll.register(workers[pid][0], select.POLLIN)
 
+    for _ in range(WORKERS):
+        fork()
     while True:
+        waiting = board[:_SLOTS].count(_WAITING)
         if not waiting:
             fork()
-        short = len(waiting) < WORKERS
-        # Not at once, which would take a processor from the command that has just begun.
-        if short and not poll.poll(_REFILL_S * 1000):
+        # Not at once, which would take a processor from the command that has just begun, and whose worker may be back.
+        elif waiting < _SPARE and not poll.poll(_REFILL_S * 1000):
             fork()
             continue
-        if not short:
-            poll.poll(patience * 1000 / 4)
-        stale = False
+        poll.poll(0 if waiting < _SPARE else patience * 1000 / 4)
         try:
-            data = os.read(taken, 4096)
+            stale = b"s" in os.read(woken, 4096)
         except BlockingIOError:
-            data = b""
-        for i in range(0, len(data), 4):
-            pid = int.from_bytes(data[i : i + 4], "little", signed=True)
-            stale = stale or pid < 0
-            waiting.discard(abs(pid))
-            busy.add(abs(pid))
-            last = time.monotonic()
+            stale = False
         while True:
             try:
                 pid, _ = os.waitpid(-1, os.WNOHANG)
@@ -329,15 +340,57 @@ def _keep_workers(listener: _socket.socket, rehearsal: Rehearsal) -> None:
                 break
             if pid == 0:
                 break
-            busy.discard(pid)
-            waiting.discard(pid)
-            handle = handles.pop(pid)
+            handle, slot = workers.pop(pid)
+            board[slot] = _NOBODY
             poll.unregister(handle)
             os.close(handle)
-        if stale or (not busy and time.monotonic() - last > patience):
-            for pid in waiting:
-                os.kill(pid, 9)
+        now = board[:]
+        if now[_SLOTS:] != begun or _BUSY in now[:_SLOTS]:
+            last, begun = time.monotonic(), now[_SLOTS:]
+        if stale or time.monotonic() - last > patience:
+            for pid, (_, slot) in workers.items():
+                # One that is being taken in this moment has done nothing yet: its caller does it all.
+                if board[slot] == _WAITING:
+                    os.kill(pid, 9)
             return
+
+
+class _Place:
+    """A worker's place on the board."""
+
+    __slots__ = ("_board", "_slot", "_wake")
+
+    def __init__(self, board: mmap.mmap, slot: int, wake: int) -> None:
+        self._board = board
+        self._slot = slot
+        self._wake = wake
+
+    def take(self) -> None:
+        """A command begins."""
+        board = self._board
+        board[self._slot] = _BUSY
+        board[_SLOTS + self._slot] = (board[_SLOTS + self._slot] + 1) % 256
+        if board[:_SLOTS].count(_WAITING) < _SPARE:
+            self.tell(b"t")
+
+    def leave(self) -> None:
+        """No more commands."""
+        self._board[self._slot] = _LEAVING
+
+    def come_back(self) -> bool:
+        """Wait again; False when enough others do."""
+        board = self._board
+        if board[:_SLOTS].count(_WAITING) >= WORKERS:
+            return False
+        board[self._slot] = _WAITING
+        return True
+
+    def tell(self, word: bytes) -> None:
+        """Wake the server: "t" for a command that began with few waiting, "s" for code that is not current any more."""
+        try:
+            os.write(self._wake, word)
+        except (BlockingIOError, BrokenPipeError):
+            pass  # it has enough to read, or is gone
 
 
 def _at_home() -> bool:
@@ -347,7 +400,7 @@ def _at_home() -> bool:
         return True  # another user's: no telling
 
 
-def _fork_worker(listener: _socket.socket, tell: int, rehearsal: Rehearsal, handles: dict[int, int]) -> int:
+def _fork_worker(listener: _socket.socket, place: _Place, rehearsal: Rehearsal, handles: Sequence[int]) -> int:
     server = os.getpid()
     pid = os.fork()
     if pid:
@@ -355,34 +408,57 @@ def _fork_worker(listener: _socket.socket, tell: int, rehearsal: Rehearsal, hand
     # The worker: whatever happens, it ends here and never goes on as a second server.
     code = 1
     try:
-        for handle in handles.values():
+        for handle in handles:
             os.close(handle)
         rehearsal.perform()
-        code = _work(listener, tell, server)
+        code = _work(listener, place, server)
     finally:
         os._exit(code)
 
 
-def _work(listener: _socket.socket, tell: int, server: int) -> int:
+def _work(listener: _socket.socket, place: _Place, server: int) -> int:
     from boxship.linux.cgroups import arrangement
 
     # Woken when a mount of ours comes or goes: the hierarchies may be others then.
     mounts = os.open("/proc/self/mounts", os.O_RDONLY | os.O_CLOEXEC)
-    identity = _identity("self")
-    _die_with(server)
-    # Blocking: the kernel wakes one waiting worker for a caller, not all.
-    fd, _ = listener._accept()  # type: ignore[attr-defined]
-    _die_with(0)
-    conn = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd)
-    old = _stale()
-    os.write(tell, (-os.getpid() if old else os.getpid()).to_bytes(4, "little", signed=True))
-    if old:
-        return 0
     changed = select.poll()
     changed.register(mounts, select.POLLPRI)
-    if changed.poll(0):
-        arrangement.forget()
-    return _serve_one(conn, identity)
+    identity = _identity("self")
+    own = _descriptors()
+    for _ in range(_COMMANDS):
+        _die_with(server)
+        # Blocking: the kernel wakes one waiting worker for a caller, not all.
+        fd, _address = listener._accept()  # type: ignore[attr-defined]
+        place.take()
+        _die_with(0)
+        conn = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd)
+        if _stale():
+            place.tell(b"s")
+            return 0
+        if changed.poll(0):
+            arrangement.forget()
+        fit = _serve_one(conn, identity)
+        conn.close()
+        if not (fit and _is_as_before(own) and place.come_back()):
+            break
+    place.leave()
+    return 0
+
+
+def _descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def _is_as_before(descriptors: int) -> bool:
+    """Whether a command has left nothing: no descriptor, no child, no folder that is held."""
+    os.chdir("/")
+    if _descriptors() != descriptors:
+        return False
+    try:
+        os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return True
+    return False
 
 
 def _die_with(server: int) -> None:
@@ -418,6 +494,13 @@ def _identity(pid: int | str) -> list[object]:
     return found
 
 
+def _is_same(pid: int, identity: list[object]) -> bool:
+    try:
+        return _identity(pid) == identity
+    except (OSError, ValueError):
+        return False  # gone already
+
+
 def _is_alive(conn: _socket.socket) -> bool:
     """Whether the process that connected is still there, so that what was read of its number was about it (Linux ≥ 6.5)."""
     try:
@@ -432,20 +515,21 @@ def _is_alive(conn: _socket.socket) -> bool:
         os.close(handle)
 
 
-def _serve_one(conn: _socket.socket, identity: list[object]) -> int:
+def _serve_one(conn: _socket.socket, identity: list[object]) -> bool:
+    """Whether the worker is fit for another command."""
     from boxship.runtime.command.main import Invocation
 
     credentials = conn.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
     pid = int.from_bytes(credentials[:4], "little")
-    if _identity(pid) != identity or not _is_alive(conn):
-        return 0  # it does the work itself, with what it may
+    if not _is_same(pid, identity) or not _is_alive(conn):
+        return True  # it does the work itself, with what it may
     data, ancillary, _, _ = conn.recvmsg(_WORD.size, _socket.CMSG_SPACE(4 * 5), _socket.MSG_CMSG_CLOEXEC)
     fds = [int.from_bytes(part[i : i + 4], "little") for _, _, part in ancillary for i in range(0, len(part), 4)]
     if len(data) != _WORD.size or len(fds) != 5:
-        return 0
+        return False
     version, argc, envc, umask = _WORD.unpack(data)
     if version != VERSION:
-        return 0
+        return False
     *stdio, folder, strings = fds
     size = os.fstat(strings).st_size
     text = os.pread(strings, size, 0).split(b"\0")
@@ -455,7 +539,7 @@ def _serve_one(conn: _socket.socket, identity: list[object]) -> int:
     if "restore" in argv or "checkpoint" in argv or "NOTIFY_SOCKET" in environ:
         # To be done by the caller's own kin: CRIU makes the container's init a child of who started it (and may be told
         # of a descriptor by its number), and a service manager knows its services by the pid of who sends a message.
-        return 0
+        return False
     os.umask(umask)
     os.fchdir(folder)
     os.close(folder)
@@ -464,12 +548,16 @@ def _serve_one(conn: _socket.socket, identity: list[object]) -> int:
     except FileNotFoundError:
         cwd = "/"
     caller = Caller(conn, stdio, pid)
-    code = Invocation(argv, caller, environ, cwd).run()
+    call = Invocation(argv, caller, environ, cwd)
+    code = call.run()
+    # Before the last word: whoever reads what the command wrote waits for its end.
+    for fd in stdio:
+        os.close(fd)
     try:
         caller.ask(_EXIT, code)
     except CallerGone:
-        return 1
-    return 0
+        return False
+    return call.done
 
 
 def main() -> None:

@@ -43,6 +43,12 @@ class Log:
         except OSError:
             pass  # a full disk under the log is no reason to fail what is logged
 
+    def close(self) -> None:
+        """Close the file, if it is one."""
+        if self.to_file and self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
     def fatal(self, message: str) -> None:
         """The error that ends the command: to the log, and to the user where the log is a file."""
         self("error", message)

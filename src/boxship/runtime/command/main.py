@@ -38,6 +38,7 @@ class Invocation:
         parent: the process that children are to have as their parent; its `stdio` is where output goes.
         environ, cwd: the caller's.
         log: None before the global options are read.
+        done: whether the command came to its end by itself, whatever the exit code; not so after an error.
     """
 
     def __init__(self, argv: list[str], parent: Parent, environ: dict[str, str], cwd: str) -> None:
@@ -49,6 +50,7 @@ class Invocation:
         self.environ = environ
         self.cwd = cwd
         self.log: Log | None = None
+        self.done = False
         self.context: Context
 
     def print(self, text: str) -> None:
@@ -78,13 +80,16 @@ class Invocation:
         try:
             options, name, rest = self._split()
             if name == "":
+                self.done = True
                 return 0
             self._prepare(options)
             command = table.commands().get(name)
             if command is None:
                 self.print(f"No help topic for '{name}'\n")
                 return 3
-            return self._command(name, command, rest)
+            code = self._command(name, command, rest)
+            self.done = True
+            return code
         except BrokenPipeError:
             return 1
         except (BoxshipError, OSError) as error:
@@ -100,6 +105,9 @@ class Invocation:
 
             self._fatal(f"internal error in {name or 'boxrun'}: {''.join(traceback.format_exception(error))}")
             return 255 if name == "exec" else 1
+        finally:
+            if self.log is not None:
+                self.log.close()
 
     def _fatal(self, message: str) -> None:
         log = self.log or Log(self.parent.stdio[2])
