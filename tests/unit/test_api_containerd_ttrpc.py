@@ -14,6 +14,10 @@ from boxship.api.containerd.services import Containerd
 from boxship.api.task import pb as shim_pb
 from boxship.kit import errors
 
+try:
+    from uvloop import new_event_loop as LOOP
+except ImportError:
+    LOOP = asyncio.new_event_loop
 SERVICE = "containerd.services.images.v1.Images"
 
 
@@ -55,7 +59,8 @@ def run(inside):
             await server.stop()
             os.unlink(path)
 
-    return asyncio.run(whole())
+    with asyncio.Runner(loop_factory=LOOP) as runner:
+        return runner.run(whole())
 
 
 def get(connection, name, **more):

@@ -46,6 +46,19 @@ def folder(tmp_path):
     shutil.rmtree(path)
 
 
+@pytest.fixture(params=["uvloop", "asyncio"])
+def loop(request):
+    """How to make the event loop: the daemon's own, and the standard library's."""
+    if request.param == "asyncio":
+        return asyncio.new_event_loop
+    return pytest.importorskip("uvloop").new_event_loop
+
+
+def run_on(loop, work):
+    with asyncio.Runner(loop_factory=loop) as runner:
+        return runner.run(work)
+
+
 def shims_below(path):
     """Pids of shims whose daemon was the one at `path`."""
     found = []
@@ -85,7 +98,7 @@ async def wait_stopped(daemon, name):
         return await daemon.tasks.Wait(t.WaitRequest(container_id=name), CALL)
 
 
-def test_a_task_lives_and_its_exit_code_comes_back(folder, rootfs):
+def test_a_task_lives_and_its_exit_code_comes_back(folder, rootfs, loop):
     out = folder / "out"
     out.touch()
 
@@ -107,7 +120,7 @@ def test_a_task_lives_and_its_exit_code_comes_back(folder, rootfs):
             await daemon.shims.close()
             return exited.exit_status, state.process.status, deleted.exit_status, daemon.topics()
 
-    exited, status, deleted, topics = asyncio.run(run())
+    exited, status, deleted, topics = run_on(loop, run())
     assert (exited, status, deleted) == (7, pb.types.STOPPED, 7)
     assert topics == ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]
     assert out.read_text() == "hello\n"
@@ -115,7 +128,7 @@ def test_a_task_lives_and_its_exit_code_comes_back(folder, rootfs):
             *(folder / "root/io.containerd.runtime.v2.task/ns").iterdir()] == []
 
 
-def test_methods_of_a_running_task(folder, rootfs):
+def test_methods_of_a_running_task(folder, rootfs, loop):
     async def run():
         async with Daemon(folder) as daemon:
             tasks = daemon.tasks
@@ -147,10 +160,10 @@ def test_methods_of_a_running_task(folder, rootfs):
             assert (await wait_stopped(daemon, "c")).exit_status == 137
             await tasks.Delete(t.DeleteTaskRequest(container_id="c"), CALL)
 
-    asyncio.run(run())
+    run_on(loop, run())
 
 
-def test_an_exit_while_the_daemon_is_away_is_not_lost(folder, rootfs):
+def test_an_exit_while_the_daemon_is_away_is_not_lost(folder, rootfs, loop):
     go = rootfs / "tmp" / f"go-{folder.name}"
 
     async def before():
@@ -170,16 +183,16 @@ def test_an_exit_while_the_daemon_is_away_is_not_lost(folder, rootfs):
             await daemon.tasks.Delete(t.DeleteTaskRequest(container_id="stays"), CALL)
             return states, ended.exit_status, stayed.exit_status
 
-    containers, pid = asyncio.run(before())
+    containers, pid = run_on(loop, before())
     Path(f"{go}-ends").touch()
-    asyncio.run(until(lambda: dead(pid), "it does not end"))
-    states, ended, stayed = asyncio.run(after(containers))
+    run_on(loop, until(lambda: dead(pid), "it does not end"))
+    states, ended, stayed = run_on(loop, after(containers))
     Path(f"{go}-ends").unlink()
     assert states == {"stays": pb.types.RUNNING, "ends": pb.types.STOPPED}
     assert (ended, stayed) == (9, 137)
 
 
-def test_a_shim_that_is_killed_takes_its_container_with_it_and_the_exit_is_told(folder, rootfs):
+def test_a_shim_that_is_killed_takes_its_container_with_it_and_the_exit_is_told(folder, rootfs, loop):
     async def run():
         async with Daemon(folder) as daemon:
             daemon.record("c", spec_of(rootfs, "sleep", "1000"))
@@ -195,12 +208,12 @@ def test_a_shim_that_is_killed_takes_its_container_with_it_and_the_exit_is_told(
             assert dead(created.pid)
             return exited.exit_status, daemon.topics()
 
-    status, topics = asyncio.run(run())
+    status, topics = run_on(loop, run())
     assert status == 137
     assert topics[-2:] == ["/tasks/exit", "/tasks/delete"]
 
 
-def test_what_an_earlier_daemon_left_half_done_is_cleaned(folder, rootfs):
+def test_what_an_earlier_daemon_left_half_done_is_cleaned(folder, rootfs, loop):
     async def before():
         async with Daemon(folder) as daemon:
             daemon.record("dead", spec_of(rootfs, "sleep", "1000"))
@@ -208,9 +221,9 @@ def test_what_an_earlier_daemon_left_half_done_is_cleaned(folder, rootfs):
             await daemon.shims.start("ns", "untasked", json.dumps(spec_of(rootfs, "true")).encode(), "io.containerd.runc.v2", None)
             return daemon.containers, created.pid
 
-    containers, pid = asyncio.run(before())
+    containers, pid = run_on(loop, before())
     bundles = folder / "state/io.containerd.runtime.v2.task/ns"
-    address = (bundles / "dead/address").read_text()
+    address = json.loads((bundles / "dead/bootstrap.json").read_bytes())["address"]
     [shim] = [p for p in shims_below(folder) if b"-id\0dead" in Path(f"/proc/{p}/cmdline").read_bytes()]
     os.kill(shim, signal.SIGKILL)
     (bundles / "never").mkdir()
@@ -222,14 +235,14 @@ def test_what_an_earlier_daemon_left_half_done_is_cleaned(folder, rootfs):
         async with Daemon(folder, containers):
             await until(lambda: not shims_below(folder), "shims stay")
 
-    asyncio.run(after())
+    run_on(loop, after())
     assert dead(pid)
     assert list(bundles.iterdir()) == []
     assert list(work.iterdir()) == []
     assert address.startswith("unix://")
 
 
-def test_what_cannot_be_created_leaves_nothing(folder, rootfs):
+def test_what_cannot_be_created_leaves_nothing(folder, rootfs, loop):
     async def run():
         async with Daemon(folder) as daemon:
             create = daemon.tasks.Create
@@ -246,11 +259,11 @@ def test_what_cannot_be_created_leaves_nothing(folder, rootfs):
                 await create(t.CreateTaskRequest(container_id="c"), CALL)
             await until(lambda: not shims_below(folder), "shims stay")
 
-    asyncio.run(run())
+    run_on(loop, run())
     assert list((folder / "state/io.containerd.runtime.v2.task/ns").iterdir()) == []
 
 
-def test_other_runtimes_by_the_options(folder, rootfs):
+def test_other_runtimes_by_the_options(folder, rootfs, loop):
     other = folder / "other-runtime"
     other.write_text(f'#!/bin/sh\necho "$*" >> {folder}/calls\nexec runc "$@"\n')
     other.chmod(0o755)
@@ -263,5 +276,5 @@ def test_other_runtimes_by_the_options(folder, rootfs):
             await wait_stopped(daemon, "c")
             return (await daemon.tasks.Delete(t.DeleteTaskRequest(container_id="c"), CALL)).exit_status
 
-    assert asyncio.run(run()) == 5
+    assert run_on(loop, run()) == 5
     assert " create --bundle " in (folder / "calls").read_text()

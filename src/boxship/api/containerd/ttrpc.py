@@ -17,7 +17,7 @@ import os
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 from google.protobuf.message import DecodeError
 
@@ -48,8 +48,8 @@ class Frames(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Of asyncio.Protocol."""
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        # uvloop's are of no class of asyncio's.
+        self.transport = cast(asyncio.Transport, transport)
 
     def pause_writing(self) -> None:
         """Of asyncio.Protocol: the peer reads too slowly."""
