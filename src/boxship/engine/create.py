@@ -1,0 +1,267 @@
+"""Making containers and removing them.
+
+Runs in: the daemon, on its event loop.
+Spec: Docker Engine API, ContainerCreate and ContainerDelete.
+
+The order makes SIGKILL harmless: containerd's record first (labelled as this engine's), then the snapshot that it keeps from
+being collected, then the engine's own record. What has the label and no record is taken away at the next start; a removal leaves
+the record to the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import secrets
+import shutil
+from typing import Any
+
+from boxship.api.containerd.pb import containers, runc_options
+from boxship.engine import shapes, times, validate, volumes
+from boxship.engine.container import Container
+from boxship.engine.core import LABEL, RUNC_V2, Core, packed
+from boxship.engine.images import Image
+from boxship.engine.rootfs import Root
+from boxship.kit.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported, from_os_error
+
+SPEC_URL = "types.containerd.io/opencontainers/runtime-spec/1/Spec"
+_ADJECTIVES = (
+    "able", "amber", "bold", "brave", "bright", "brisk", "calm", "clever", "cosmic", "crisp", "deft", "eager", "early",
+    "epic", "fair", "fancy", "fleet", "fond", "frank", "gentle", "glad", "golden", "grand", "happy", "hardy", "honest",
+    "jolly", "keen", "kind", "lively", "lucid", "lunar", "merry", "mighty", "mild", "noble", "patient", "polite", "proud",
+    "quick", "quiet", "rapid", "ready", "regal", "robust", "rosy", "serene", "sharp", "shiny", "silent", "smart", "snug",
+    "solar", "solid", "steady", "sunny", "swift", "tidy", "tough", "upbeat", "vivid", "warm", "wise", "witty", "young",
+    "zesty",
+)
+_NAMES = (
+    "albatross", "anchor", "barge", "beacon", "bilge", "binnacle", "bowline", "brig", "buoy", "capstan", "caravel", "clipper",
+    "compass", "coxswain", "crane", "current", "cutter", "deck", "dinghy", "dock", "dory", "ferry", "fjord", "frigate",
+    "galleon", "gannet", "harbor", "hawser", "helm", "heron", "hull", "jetty", "junk", "keel", "ketch", "knot", "lagoon",
+    "lantern", "ledger", "lighter", "lock", "lugger", "mast", "mooring", "packet", "pelican", "petrel", "pier", "pilot",
+    "pinnace", "prow", "quay", "rudder", "sail", "schooner", "sextant", "skiff", "sloop", "sounding", "spar", "stern",
+    "tender", "tide", "tiller", "trawler", "tug", "wharf", "winch", "yawl",
+)
+
+
+def _random_name(core: Core) -> str:
+    taken = {each.name for each in core.containers()}
+    for attempt in range(100):
+        name = f"{random.choice(_ADJECTIVES)}_{random.choice(_NAMES)}" + ("" if attempt < 10 else str(random.randrange(10000)))
+        if name not in taken:
+            return name
+    return secrets.token_hex(16)
+
+
+def merge(config: dict[str, Any], image: Image) -> None:
+    """Fill what the user left open from the image's configuration."""
+    defaults = image.container_config
+    config["User"] = config["User"] or defaults.get("User", "")
+    config["WorkingDir"] = config["WorkingDir"] or defaults.get("WorkingDir") or ""
+    named = {word.partition("=")[0] for word in config["Env"] or []}
+    config["Env"] = [*(config["Env"] or []), *(word for word in defaults.get("Env") or [] if word.partition("=")[0] not in named)]
+    if not config["Entrypoint"]:
+        if not config["Cmd"]:
+            config["Cmd"] = defaults.get("Cmd")
+            config["ArgsEscaped"] = bool(defaults.get("ArgsEscaped"))
+        if config["Entrypoint"] is None:
+            config["Entrypoint"] = defaults.get("Entrypoint")
+    if config["Entrypoint"] == [""]:
+        config["Entrypoint"] = None
+    for key in ("ExposedPorts", "Volumes"):
+        if defaults.get(key):
+            config[key] = {**defaults[key], **(config[key] or {})}
+    config["Labels"] = {**(defaults.get("Labels") or {}), **(config["Labels"] or {})}
+    config["StopSignal"] = config["StopSignal"] or defaults.get("StopSignal", "")
+    config["Shell"] = config["Shell"] or defaults.get("Shell")
+    config["OnBuild"] = None
+    inherited = defaults.get("Healthcheck")
+    if inherited:
+        inherited = shapes.shape(inherited, shapes.HEALTHCHECK, "Healthcheck")
+        if config["Healthcheck"] is None:
+            config["Healthcheck"] = inherited
+        else:
+            own = config["Healthcheck"]
+            config["Healthcheck"] = {key: own[key] or inherited[key] for key in own}
+
+
+async def create(core: Core, body: Any, name: str) -> tuple[Container, list[str]]:
+    """Make a container of a ContainerCreate body.
+
+    Returns it and warnings. Raises NotFound, InvalidArgument, FailedPrecondition.
+    """
+    if not isinstance(body, dict):
+        raise InvalidArgument("config cannot be empty in order to create a container")
+    config = shapes.shape(body, shapes.CONTAINER_CONFIG, "Config")
+    host = shapes.shape(shapes.member(body, "HostConfig") or {}, shapes.HOST_CONFIG, "HostConfig")
+    name = validate.name(name) if name else _random_name(core)
+    warnings = validate.check(config, host)
+    _check_network(core, host, shapes.member(body, "NetworkingConfig"))
+    core.runtime(host["Runtime"])
+    host["Runtime"] = host["Runtime"] or core.settings.default_runtime
+    host["CgroupnsMode"] = host["CgroupnsMode"] or ("private" if os.path.exists("/sys/fs/cgroup/cgroup.controllers") else "host")
+    core.check_name(name)
+    if not config["Image"]:
+        raise InvalidArgument("no image specified")
+    image = await core.images.get(config["Image"])
+    merge(config, image)
+    words = [*(config["Entrypoint"] or []), *(config["Cmd"] or [])]
+    if not words or not words[0]:
+        raise InvalidArgument("no command specified")
+    container_id = secrets.token_hex(32)
+    config["Hostname"] = config["Hostname"] or (container_id[:12] if host["NetworkMode"] != "host" else os.uname().nodename)
+    points = _mount_points(core, config, host)
+    container = Container({
+        "id": container_id, "name": name, "created": times.now(), "config": config, "host": host, "path": words[0],
+        "args": words[1:],
+        "image_id": image.id, "image_name": config["Image"], "snapshotter": core.snapshots.snapshotter, "mounts": points,
+        "fresh": True,
+    }, f"{core.directory}/containers/{container_id}")
+    await _make(core, container, image)
+    core.announce(container, "create")
+    return container, warnings
+
+
+def _check_network(core: Core, host: dict[str, Any], networking: Any) -> None:
+    mode = host["NetworkMode"]
+    if mode.startswith("container:"):
+        core.get(mode[10:])
+        if host["PortBindings"]:
+            raise InvalidArgument("conflicting options: port publishing and the container type network mode")
+        return
+    if mode not in ("default", "none", "host", "bridge"):
+        raise NotFound(f"network {mode} not found")
+    named = shapes.member(networking, "EndpointsConfig") or {}
+    for each in named:
+        if each not in ("default", "none", "host", "bridge"):
+            raise NotFound(f"network {each} not found")
+
+
+def _mount_points(core: Core, config: dict[str, Any], host: dict[str, Any]) -> list[dict[str, Any]]:
+    """All mount points by what was asked for; later kinds give way to earlier ones, as in dockerd. Makes the volumes."""
+    points: dict[str, dict[str, Any]] = {}
+    for source in host["VolumesFrom"] or []:
+        name, _, mode = source.partition(":")
+        if mode not in ("", "ro", "rw", "z", "Z"):
+            raise InvalidArgument(f"invalid mode for volumes-from: {mode}")
+        for point in core.get(name).mounts:
+            points[point["Destination"]] = point | {"RW": point["RW"] and mode != "ro", "_from": True}
+    asked: list[dict[str, Any]] = [volumes.parse_bind(text) for text in host["Binds"] or []]
+    asked += [volumes.parse_mount(mount) for mount in host["Mounts"] or []]
+    seen: set[str] = set()
+    for point in asked:
+        if point["Destination"] in seen or point["Destination"] in (host["Tmpfs"] or {}):
+            raise InvalidArgument(f"Duplicate mount point: {point['Destination']}")
+        seen.add(point["Destination"])
+        points[point["Destination"]] = point
+    for path in config["Volumes"] or {}:
+        destination = os.path.normpath(path)
+        if not destination.startswith("/") or destination == "/":
+            raise InvalidArgument(f"invalid volume specification: '{path}'")
+        if destination not in points and destination not in (host["Tmpfs"] or {}):
+            points[destination] = volumes.parse_bind(destination)
+    for point in points.values():
+        if point["Type"] == "volume" and not point.get("_from"):
+            anonymous = not point.get("Name")
+            record = core.volumes.create(
+                point.get("Name", ""), point.get("_driver", "local"), point.get("_options"), point.get("_labels"),
+                anonymous=anonymous)
+            point["Name"] = record["Name"]
+            point["Source"] = core.volumes.path(record["Name"])
+            point["_anonymous"] = anonymous
+            if anonymous:
+                point["Mode"] = ""
+    ordered = ["Type", "Name", "Source", "Destination", "Driver", "Mode", "RW", "Propagation"]
+    return [
+        {key: point[key] for key in ordered if key in point} | {key: value for key, value in point.items() if key not in ordered}
+        for point in points.values()
+    ]
+
+
+async def _make(core: Core, container: Container, image: Image) -> None:
+    runtime, binary = core.runtime(container.host["Runtime"])
+    made = containers.Container(
+        id=container.id, image=container.image_name, snapshotter=container.snapshotter, snapshot_key=container.id,
+        labels={LABEL: core.store.id}, spec=packed(SPEC_URL, b"{}"))
+    made.runtime.name = runtime
+    if runtime == RUNC_V2:
+        options = runc_options.Options(binary_name=binary)
+        made.runtime.options.CopyFrom(packed("containerd.runc.v1.Options", options.SerializeToString()))
+    await core.containerd.containers.Create(containers.CreateContainerRequest(container=made), core.call)
+    try:
+        await core.snapshots.prepare(container.id, image, {LABEL: core.store.id})
+        os.makedirs(container.directory, mode=0o710)
+        await _fill_volumes(core, container)
+        core.add(container)
+    except OSError as error:
+        await discard(core, container)
+        raise from_os_error(error, "creating the container's directory") from None
+    except BaseException:
+        await asyncio.shield(discard(core, container))
+        raise
+
+
+async def _fill_volumes(core: Core, container: Container) -> None:
+    """Empty volumes get what the image has at their place."""
+    points = [point for point in container.mounts if point["Type"] == "volume" and point.get("_copy",
+        True) and not point.get("_from")]
+    points = [point for point in points if not os.listdir(core.volumes.path(point["Name"]))]
+    if not points:
+        return
+    mounts = await core.snapshots.mounts(container.id)
+
+    def work() -> None:
+        with Root(mounts, read_only=True) as root:
+            for point in points:
+                volumes.populate(root, point["Destination"], core.volumes.path(point["Name"]))
+
+    await asyncio.get_running_loop().run_in_executor(None, work)
+
+
+async def discard(core: Core, container: Container) -> None:
+    """Take away what was made for a container, in the order that a next start can finish."""
+    try:
+        await core.containerd.containers.Delete(containers.DeleteContainerRequest(id=container.id), core.call)
+    except NotFound:
+        pass
+    await core.snapshots.remove(container.id)
+    shutil.rmtree(container.directory, ignore_errors=True)
+    shutil.rmtree(f"{core.stdio}/{container.id}", ignore_errors=True)
+
+
+async def remove(core: Core, container: Container, *, with_volumes: bool) -> None:
+    """Remove a container that does not run. Its lock is held. Raises FailedPrecondition when that is under way already."""
+    if container.state.removing:
+        raise FailedPrecondition(f"removal of container {container.id} is already in progress")
+    container.state.removing = True
+    core.save(container)
+    try:
+        await discard(core, container)
+    except BaseException:
+        container.state.removing = False
+        container.state.dead = True
+        core.save(container)
+        raise
+    core.forget(container)
+    if with_volumes:
+        for point in container.mounts:
+            name = point.get("Name", "")
+            if point.get("_anonymous") and not core.used_by(name):
+                try:
+                    core.volumes.remove(name)
+                except NotFound:
+                    continue  # removed by hand
+                core.events.publish("volume", "destroy", name, {"driver": "local"})
+    core.announce(container, "destroy")
+    container.wake(container.removed)
+
+
+def init_program(core: Core) -> str:
+    """The program that --init puts first. Raises Unsupported when there is none."""
+    candidates = [core.settings.init] if core.settings.init else ["docker-init", "tini-static", "tini", "catatonit"]
+    for name in candidates:
+        if found := shutil.which(name, path="/usr/libexec/docker:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"):
+            return found
+    raise Unsupported("no init program found", "install tini or catatonit")
+
+

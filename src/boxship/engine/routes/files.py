@@ -1,0 +1,160 @@
+"""Files of containers: archive, export, changes.
+
+Runs in: the daemon, on its event loop; the files are read and written in worker threads.
+Spec: Docker Engine API v1.51, Container.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+from collections.abc import Callable
+from typing import Any
+
+from aiohttp import web
+
+from boxship.engine import archive
+from boxship.engine.http import Routes, Stream, answer, flag
+from boxship.engine.rootfs import Root
+from boxship.kit.errors import BoxshipError, InvalidArgument
+
+routes = Routes()
+
+_WINDOW = 4
+
+
+def _path(request: web.Request) -> str:
+    path = request.query.get("path", "")
+    if not path:
+        raise InvalidArgument("missing required parameter: path")
+    return path
+
+
+async def produced(work: Callable[[Callable[[bytes], None]], None], send: Callable[[bytes], Any]) -> None:
+    """Run `work(put)` in a thread and send what it puts, without gathering it. A client that is gone ends the work."""
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[bytes | None] = asyncio.Queue(_WINDOW)
+    gone = False
+
+    def put(data: bytes) -> None:
+        if gone:
+            raise BrokenPipeError("the client is gone")
+        asyncio.run_coroutine_threadsafe(queue.put(data), loop).result()
+
+    def run() -> None:
+        try:
+            work(put)
+        finally:
+            if not gone:
+                asyncio.run_coroutine_threadsafe(queue.put(None), loop).result()
+
+    task = loop.run_in_executor(None, run)
+    try:
+        while (piece := await queue.get()) is not None:
+            await send(piece)
+    finally:
+        gone = True
+        while not queue.empty():
+            queue.get_nowait()
+    await task
+
+
+@routes.add("HEAD", "/containers/{name}/archive")
+async def stat_path(engine: Any, request: web.Request, name: str) -> web.StreamResponse:
+    path = _path(request)
+    opener = await archive.place(engine.core, engine.core.get(name), path)
+
+    def work() -> str:
+        with opener() as spot:
+            return archive.stat_header(spot, path)
+
+    header = await asyncio.get_running_loop().run_in_executor(None, work)
+    return web.Response(headers={"X-Docker-Container-Path-Stat": header})
+
+
+@routes.get("/containers/{name}/archive")
+async def get_archive(engine: Any, request: web.Request, name: str) -> web.StreamResponse:
+    path = _path(request)
+    opener = await archive.place(engine.core, engine.core.get(name), path)
+
+    def look() -> str:
+        with opener() as spot:
+            return archive.stat_header(spot, path)
+
+    header = await asyncio.get_running_loop().run_in_executor(None, look)
+    stream = Stream(request, "application/x-tar")
+    stream.response.headers["X-Docker-Container-Path-Stat"] = header
+
+    def work(put: Callable[[bytes], None]) -> None:
+        with opener() as spot:
+            base = os.path.basename(spot.path.rstrip("/")) or "."
+            archive.write_tar(spot, put, base=os.path.basename(os.path.normpath("/" + path)) or base)
+
+    await produced(work, stream.send)
+    return await stream.end()
+
+
+@routes.get("/containers/{name}/export")
+async def export(engine: Any, request: web.Request, name: str) -> web.StreamResponse:
+    container = engine.core.get(name)
+    mounts = await engine.core.snapshots.mounts(container.id)
+    stream = Stream(request, "application/x-tar")
+
+    def work(put: Callable[[bytes], None]) -> None:
+        with archive.Place(Root(mounts, read_only=True), "/", read_only=True) as spot:
+            archive.write_tar(spot, put, base="")
+
+    await produced(work, stream.send)
+    engine.core.announce(container, "export")
+    return await stream.end()
+
+
+@routes.get("/containers/{name}/changes")
+async def changes(engine: Any, request: web.Request, name: str) -> web.StreamResponse:
+    container = engine.core.get(name)
+    mounts = await engine.core.snapshots.mounts(container.id)
+    found = await asyncio.get_running_loop().run_in_executor(None, archive.changes, mounts)
+    return answer(found or None)
+
+
+class BodyFile(io.RawIOBase):
+    """The request's body as a file for a worker thread."""
+
+    def __init__(self, request: web.Request) -> None:
+        self._content = request.content
+        self._loop = asyncio.get_running_loop()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = asyncio.run_coroutine_threadsafe(self._content.read(len(buffer)), self._loop).result()
+        buffer[: len(data)] = data
+        return len(data)
+
+
+@routes.add("PUT", "/containers/{name}/archive")
+async def put_archive(engine: Any, request: web.Request, name: str) -> web.StreamResponse:
+    path = _path(request)
+    container = engine.core.get(name)
+    opener = await archive.place(engine.core, container, path, writing=True)
+    owner = None
+    if flag(request, "copyUIDGID") and container.config["User"]:
+        user = await engine.accounts.find(container, container.config["User"])
+        owner = (user.uid, user.gid)
+    body = io.BufferedReader(BodyFile(request), 1 << 20)
+
+    def work() -> None:
+        with opener() as spot:
+            archive.extract(spot, body, no_overwrite_kind=flag(request, "noOverwriteDirNonDir"), owner=owner)
+
+    try:
+        await asyncio.get_running_loop().run_in_executor(None, work)
+    except BoxshipError:
+        # The client is still sending: an answer before the end of the body would be lost with the connection.
+        async for _ in request.content.iter_chunked(1 << 20):
+            continue
+        raise
+    engine.core.announce(container, "extract-to-dir", path=path)
+    return web.Response(status=200)

@@ -1,0 +1,234 @@
+"""What is put together just before a container starts: its user, its namespaces, the files of its /etc, its mounts.
+
+Runs in: the daemon.
+Spec: dockerd's behaviour at ContainerStart; the specification itself is made by boxship.engine.spec.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any
+
+from boxship.engine import spec, volumes
+from boxship.engine.container import Container
+from boxship.engine.core import Core
+from boxship.engine.create import init_program
+from boxship.engine.rootfs import Root
+from boxship.kit.errors import FailedPrecondition, InvalidArgument, NotFound, from_os_error
+from boxship.linux import mounts as linux
+from boxship.oci import users
+
+_HOSTS = (
+    "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::\tip6-localnet\nff00::\tip6-mcastprefix\n"
+    "ff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n"
+)
+_ETC = ("resolv.conf", "hostname", "hosts")
+
+
+class Accounts:
+    """passwd and group of containers' roots; those of an image are read once."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._images: dict[str, dict[str, str]] = {}
+
+    async def find(self, container: Container, wanted: str) -> users.User:
+        """The user that `wanted` names in the container. Raises NotFound, InvalidArgument."""
+        files = self._images.get(container.image_id) if container.fresh else None
+        if files is None:
+            files = await self._read(container)
+            if container.fresh:
+                self._images[container.image_id] = files
+        user = users.find(wanted, lambda path: files.get(path, ""))
+        for name in container.host["GroupAdd"] or []:
+            number = int(name) if name.isdigit() else users.find(f"0:{name}", lambda path: files.get(path, "")).gid
+            if number not in user.groups:
+                user.groups.append(number)
+        return user
+
+    async def _read(self, container: Container) -> dict[str, str]:
+        mounts = await self._core.snapshots.mounts(container.id)
+
+        def work() -> dict[str, str]:
+            if container.state.running and container.state.pid:
+                with Root(path=f"/proc/{container.state.pid}/root") as root:
+                    return {path: root.read(path) for path in ("/etc/passwd", "/etc/group")}
+            with Root(mounts, read_only=True) as root:
+                return {path: root.read(path) for path in ("/etc/passwd", "/etc/group")}
+
+        return await asyncio.get_running_loop().run_in_executor(None, work)
+
+
+async def specification(core: Core, accounts: Accounts, container: Container) -> dict[str, Any]:
+    """The container's config.json. Raises what dockerd refuses a start for."""
+    config, host = container.config, container.host
+    user = await accounts.find(container, config["User"])
+    namespaces = _namespaces(core, container)
+    hostname = config["Hostname"] if namespaces["uts"] is not None else os.uname().nodename
+    mode = host["NetworkMode"]
+    if mode.startswith("container:"):
+        hostname = _joined(core, mode, "network").config["Hostname"]
+    _write_files(core, container, hostname)
+    inputs = spec.Inputs(
+        uid=user.uid, gid=user.gid, groups=user.groups, home=user.home, mounts=_mounts(core, container), namespaces=namespaces,
+        hostname=hostname, cgroups_path=f"{host['CgroupParent'] or core.settings.cgroup_parent}/{container.id}",
+        shm_path=_shared_memory(core, container),
+        init=init_program(core) if host["Init"] and not host["PidMode"] else "")
+    return spec.build(config, host, [container.path, *container.args], inputs)
+
+
+def _joined(core: Core, mode: str, kind: str) -> Container:
+    """The running container whose namespace is joined."""
+    other = core.get(mode.removeprefix("container:"))
+    if not other.state.running or not other.state.pid:
+        raise FailedPrecondition(
+            f"cannot join {kind} namespace of a non running container: container {other.name} is not running")
+    if other.state.restarting:
+        raise FailedPrecondition(f"cannot join {kind} namespace of container: container {other.id} is restarting")
+    return other
+
+
+def _namespaces(core: Core, container: Container) -> dict[str, str | None]:
+    host = container.host
+    found: dict[str, str | None] = {"mount": "", "network": "", "uts": "", "pid": "", "ipc": ""}
+    for kind, key, proc in (("network", "NetworkMode", "net"), ("pid", "PidMode", "pid"), ("ipc", "IpcMode", "ipc")):
+        mode = host[key]
+        if mode.startswith("container:"):
+            found[kind] = f"/proc/{_joined(core, mode, kind).state.pid}/ns/{proc}"
+        elif mode == "host":
+            found[kind] = None
+    if host["UTSMode"] == "host":
+        found["uts"] = None
+    if host["CgroupnsMode"] == "private":
+        found["cgroup"] = ""
+    return found
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read(1 << 20)
+    except OSError:
+        return ""
+
+
+def _write_files(core: Core, container: Container, hostname: str) -> None:
+    """hosts, hostname and resolv.conf in the container's directory."""
+    host = container.host
+    mode = host["NetworkMode"]
+    if mode.startswith("container:"):
+        return
+    own = mode == "host"
+    hosts = _read("/etc/hosts") if own else _HOSTS
+    for entry in host["ExtraHosts"] or []:
+        name, separator, address = entry.partition("=" if "=" in entry else ":")
+        if not separator or not address:
+            raise InvalidArgument(f'bad format for add-host: "{entry}"')
+        if address == "host-gateway":
+            raise InvalidArgument("unable to derive the IP value for host-gateway")
+        hosts += f"{address.strip('[]')}\t{name}\n"
+    domain = container.config["Domainname"]
+    if not own:
+        names = f"{hostname}.{domain} {hostname}" if domain else hostname
+        hosts += f"127.0.1.1\t{names}\n"
+    resolv = _read("/etc/resolv.conf")
+    if host["Dns"] or host["DnsSearch"] or host["DnsOptions"]:
+        kept = [line for line in resolv.splitlines() if not (
+            (host["Dns"] and line.startswith("nameserver")) or (host["DnsSearch"] and line.startswith(("search", "domain")))
+            or (host["DnsOptions"] and line.startswith("options")))]
+        kept += [f"nameserver {address}" for address in host["Dns"] or []]
+        if host["DnsSearch"] and host["DnsSearch"] != ["."]:
+            kept.append("search " + " ".join(host["DnsSearch"]))
+        if host["DnsOptions"]:
+            kept.append("options " + " ".join(host["DnsOptions"]))
+        resolv = "\n".join(kept) + "\n"
+    for name, text in (("hosts", hosts), ("hostname", f"{hostname}\n"), ("resolv.conf", resolv)):
+        # Written in place: a running container that shares it has the very file mounted.
+        try:
+            with open(container.file(name), "w", encoding="utf-8", errors="surrogateescape") as file:
+                file.write(text)
+            os.chmod(container.file(name), 0o644)
+        except OSError as error:
+            raise from_os_error(error, "writing") from None
+
+
+def _mounts(core: Core, container: Container) -> list[dict[str, Any]]:
+    host = container.host
+    made: list[dict[str, Any]] = []
+    taken = {point["Destination"] for point in container.mounts}
+    for path, options in (host["Tmpfs"] or {}).items():
+        words = [word for word in str(options).split(",") if word]
+        given = {word.partition("=")[0] for word in words}
+        defaults = [word for word, other in (("noexec", "exec"), ("nosuid", "suid"), ("nodev", "dev")) if other not in given]
+        made.append({"destination": os.path.normpath(path), "type": "tmpfs", "source": "tmpfs",
+                     "options": [*dict.fromkeys([*defaults, *words])]})
+    for point in container.mounts:
+        made.append(volumes.as_spec(point, _source(core, point)))
+    owner = container
+    if host["NetworkMode"].startswith("container:"):
+        owner = core.get(host["NetworkMode"][10:])
+    for name in _ETC:
+        if f"/etc/{name}" not in taken and os.path.exists(owner.file(name)):
+            options = ["rbind", "rprivate", *(["ro"] if host["ReadonlyRootfs"] else [])]
+            made.append({"destination": f"/etc/{name}", "type": "bind", "source": owner.file(name), "options": options})
+    return made
+
+
+def _source(core: Core, point: dict[str, Any]) -> str:
+    if point["Type"] == "volume":
+        core.volumes.get(point["Name"])
+        path = core.volumes.path(point["Name"])
+        if sub := point.get("_subpath"):
+            real = os.path.realpath(os.path.join(path, sub))
+            if not real.startswith(f"{path}/"):
+                raise InvalidArgument(f"subpath {sub} leads out of the volume")
+            if not os.path.exists(real):
+                raise NotFound(f"cannot access path {real}: lstat {real}: no such file or directory")
+            return real
+        return path
+    source = str(point["Source"])
+    if point["Type"] == "bind" and point.get("_create") and not os.path.lexists(source):
+        try:
+            os.makedirs(source, mode=0o755)
+        except OSError as error:
+            raise from_os_error(error, f"error while creating mount source path '{source}'") from None
+    return source
+
+
+def _shared_memory(core: Core, container: Container) -> str:
+    """The host's directory of a /dev/shm that is shared; "" when the container has one for itself."""
+    mode = container.host["IpcMode"]
+    if mode == "host":
+        return "/dev/shm"
+    if mode.startswith("container:"):
+        other = _joined(core, mode, "IPC")
+        if other.host["IpcMode"] not in ("shareable", "host"):
+            raise FailedPrecondition(
+                f"cannot join IPC namespace of container {other.name}: non-shareable IPC (hint: use IpcMode:shareable for the"
+                " donor container)")
+        return "/dev/shm" if other.host["IpcMode"] == "host" else other.file("shm")
+    if mode != "shareable":
+        return ""
+    path = container.file("shm")
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        if not container.shm_mounted and not os.path.ismount(path):
+            from boxship.abi import mount as m
+
+            linux.mount("shm", path, "tmpfs", m.MS_NOSUID | m.MS_NOEXEC | m.MS_NODEV,
+                f"mode=1777,size={container.host['ShmSize']}")
+        container.shm_mounted = True
+    except OSError as error:
+        raise from_os_error(error, "mounting the shared memory") from None
+    return path
+
+
+def release_shared_memory(container: Container) -> None:
+    """Unmount what `_shared_memory` mounted; also what a former daemon did."""
+    path = container.file("shm")
+    if container.host["IpcMode"] == "shareable" and os.path.ismount(path):
+        from boxship.abi import mount as m
+
+        linux.umount(path, m.MNT_DETACH)
+    container.shm_mounted = False
