@@ -105,4 +105,5 @@ async def open(  # noqa: A001 - as one opens a store
         await shims.close()
 
     services.on_close(close)
+    services.running = lambda: len(shims.all(""))
     return services

@@ -4,6 +4,7 @@ Runs in: the daemon.
 
     root = "/var/lib/boxship"      state = "/run/boxship"      idle_exit_s = 0
     [containerd]  address, uid, gid, mode, enabled       the gRPC socket; its ttRPC socket is beside it, with `.ttrpc` at the end
+                  remote                                 the socket of another containerd, to be used in place of ours
     [docker]      address, uid, gid, mode, enabled       the Docker engine's socket
     [log]         level = "info", format = "text"        (or "json")
     [metrics]     address = "127.0.0.1:1338"             Prometheus, at /metrics and /v1/metrics
@@ -39,6 +40,14 @@ class Socket:
     gid: int = -1
     mode: int = 0o660
     enabled: bool = True
+
+
+@dataclass(frozen=True)
+class Services(Socket):
+    """containerd's services: ours on a socket, or another containerd's."""
+
+    remote: str = ""
+    """Address of a containerd to use in place of ours; then no socket of containerd's is served."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ class Config:
     state: str = ""
     idle_exit_s: float = 0
     """Leave after so many seconds without clients and containers; 0 is never."""
-    containerd: Socket = field(default_factory=Socket)
+    containerd: Services = field(default_factory=Services)
     docker: Socket = field(default_factory=Socket)
     log: Log = field(default_factory=Log)
     metrics: Metrics = field(default_factory=Metrics)
@@ -146,7 +155,7 @@ def parse(text: str, where: str, environ: Mapping[str, str], uid: int) -> Config
     except tomllib.TOMLDecodeError as error:
         raise InvalidArgument(f"{where}: {error}") from None
     root, state, _ = _folders(environ, uid)
-    tables = {"containerd": Socket, "docker": Socket, "log": Log, "metrics": Metrics, "tracing": Tracing, "runtimes": Runtimes}
+    tables = {"containerd": Services, "docker": Socket, "log": Log, "metrics": Metrics, "tracing": Tracing, "runtimes": Runtimes}
     values: dict[str, Any] = {"root": root, "state": state}
     parts: dict[str, Any] = {}
     try:
@@ -190,6 +199,8 @@ def with_flags(config: Config, flags: Mapping[str, str]) -> Config:
             changes[name] = os.path.abspath(flags[name])
     if "address" in flags:
         changes["containerd"] = dataclasses.replace(config.containerd, address=os.path.abspath(flags["address"].removeprefix("unix://")))
+    if "containerd" in flags:
+        changes["containerd"] = dataclasses.replace(changes.get("containerd", config.containerd), remote=flags["containerd"])
     settings = {key.removeprefix("log-"): flags[key] for key in ("log-level", "log-format") if key in flags}
     if settings:
         changes["log"] = dataclasses.replace(config.log, **settings)

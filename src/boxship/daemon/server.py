@@ -30,6 +30,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 import boxship
 from boxship.api.containerd import ttrpc
+from boxship.api.containerd.client import connect
 from boxship.api.containerd.server import Observer, Server, as_error
 from boxship.api.containerd.services import Containerd
 from boxship.containerd import service
@@ -116,6 +117,7 @@ class Daemon:
         self._calls = metrics.Calls()
         self._undo: list[Callable[[], Any]] = []
         self._last_use = time.monotonic()
+        self._running: Callable[[], int] = lambda: 0
 
     # --- start
 
@@ -151,18 +153,28 @@ class Daemon:
             self._undo.append(Lock(folder).release)
         inherited = systemd.listening()
         observer = self._observer()
-        containerd = await service.open(config.root, config.state, self._launchers(), config.parts)
+        containerd = await self._services()
         self._undo.append(containerd.close)
-        if config.containerd.enabled:
+        self._running = containerd.running
+        if config.containerd.enabled and not config.containerd.remote:
             await self._serve_ttrpc(containerd, inherited.pop(config.containerd_socket + ".ttrpc", None))
             await self._serve_grpc(containerd, observer, inherited.pop(config.containerd_socket, None))
         if config.metrics.address:
-            endpoint = metrics.Endpoint([self._calls.lines, metrics.process])
+            endpoint = metrics.Endpoint([self._calls.lines, metrics.process, self._gauges])
             await endpoint.listen(config.metrics.address)
             self._undo.append(endpoint.close)
         for name, listener in inherited.items():
             log.warning("the socket %s was handed in, and nothing here listens there", name)
             listener.close()
+
+    async def _services(self) -> Containerd:
+        config = self.config
+        if config.containerd.remote:
+            return connect(config.containerd.remote)
+        return await service.open(config.root, config.state, self._launchers(), config.parts)
+
+    def _gauges(self) -> list[str]:
+        return metrics.gauge("boxship_tasks", "Tasks that this daemon looks after.", [({}, self._running())])
 
     def _observer(self) -> Observer:
         if not self.config.tracing.endpoint:
@@ -227,7 +239,7 @@ class Daemon:
                     await self._end.wait()
             except TimeoutError:
                 pass
-            if self._calls.open:
+            if self._calls.open or self._running():
                 self._last_use = time.monotonic()
             used = max(self._last_use, self._calls.last)
             if time.monotonic() - used > self.config.idle_exit_s:
@@ -274,6 +286,7 @@ Options:
       --root DIR            what stays: images, metadata (default /var/lib/boxship)
       --state DIR           what goes with a reboot: sockets, running containers (default /run/boxship)
       --address PATH        containerd's socket (default STATE/containerd.sock)
+      --containerd ADDRESS  use the containerd at that socket in place of our own
       --log-level LEVEL     debug, info, warning or error (default info)
       --log-format FORMAT   text or json (default text)
       --metrics ADDRESS     HOST:PORT or a path for Prometheus (default none)
@@ -281,7 +294,7 @@ Options:
   -v, --version             print the version
       --help                show this
 """
-FLAGS = ("config", "root", "state", "address", "log-level", "log-format", "metrics", "idle-exit")
+FLAGS = ("config", "root", "state", "address", "containerd", "log-level", "log-format", "metrics", "idle-exit")
 
 
 def main(arguments: list[str], environ: Mapping[str, str]) -> int:

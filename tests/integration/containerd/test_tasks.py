@@ -242,6 +242,28 @@ def test_what_an_earlier_daemon_left_half_done_is_cleaned(folder, rootfs, loop):
     assert address.startswith("unix://")
 
 
+def test_a_shim_that_the_killed_daemon_had_not_heard_of_is_found(folder, rootfs, loop):
+    async def before():
+        async with Daemon(folder) as daemon:
+            daemon.record("c", spec_of(rootfs, "sleep", "1000"))
+            await daemon.tasks.Create(t.CreateTaskRequest(container_id="c"), CALL)
+            return daemon.containers
+
+    async def after(containers):
+        async with Daemon(folder, containers) as daemon:
+            state = await daemon.tasks.Get(t.GetRequest(container_id="c"), CALL)
+            await daemon.tasks.Kill(t.KillRequest(container_id="c", signal=9), CALL)
+            await wait_stopped(daemon, "c")
+            await daemon.tasks.Delete(t.DeleteTaskRequest(container_id="c"), CALL)
+            return state.process.status
+
+    containers = run_on(loop, before())
+    for name in ("bootstrap.json", "address"):
+        (folder / "state/io.containerd.runtime.v2.task/ns/c" / name).unlink(missing_ok=True)
+    assert run_on(loop, after(containers)) == pb.types.CREATED
+    assert not shims_below(folder)
+
+
 def test_what_cannot_be_created_leaves_nothing(folder, rootfs, loop):
     async def run():
         async with Daemon(folder) as daemon:

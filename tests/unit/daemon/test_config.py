@@ -38,6 +38,12 @@ def test_what_is_wrong_is_named(text, message):
     assert str(caught.value).startswith("x.toml: ")
 
 
+def test_another_containerd_can_be_used():
+    config = read('[containerd]\nremote = "unix:///run/containerd/containerd.sock"')
+    assert config.containerd.remote == "unix:///run/containerd/containerd.sock"
+    assert with_flags(read(""), {"containerd": "/c.sock"}).containerd.remote == "/c.sock"
+
+
 def test_flags_win_over_the_file():
     config = with_flags(read('[log]\nlevel = "error"\nformat = "json"'), {"log-level": "debug", "state": "/s", "address": "unix:///a.sock"})
     assert (config.log.level, config.log.format, config.state, config.containerd_socket) == ("debug", "json", "/s", "/a.sock")

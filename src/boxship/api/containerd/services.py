@@ -110,6 +110,8 @@ class Containerd:
         for attribute in SERVICES:
             setattr(self, attribute, services.get(attribute) or Missing(descriptor_of(attribute).full_name))
         self._close = close
+        self.running: Callable[[], int] = lambda: 0
+        """How many tasks live in this process's care; 0 for what is elsewhere."""
 
     def on_close(self, close: Callable[[], Awaitable[None]]) -> None:
         """What `close` does, for a bundle that was put together step by step."""

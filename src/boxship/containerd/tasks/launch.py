@@ -9,6 +9,7 @@ and BootstrapParams since; a shim of one kind refuses the other, so what a progr
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ log = logging.getLogger("boxship.shim")
 START_TIMEOUT_S = 60.0
 DELETE_TIMEOUT_S = 30.0
 VERSION_MAX = 3
+SOCKETS = "/run/containerd/s"
 
 
 class Endpoint:
@@ -71,6 +73,9 @@ class Launcher(Protocol):
 
     async def info(self, runtime: str, options: Any | None) -> Any:
         """What the runtime tells about itself, a RuntimeInfo. Raises BoxshipError."""
+
+    def unheard(self, bundle: Bundle) -> Endpoint | None:
+        """Where the shim of a bundle would listen whose daemon was killed before it was told; None when that cannot be known."""
 
 
 def parse_endpoint(reply: bytes) -> Endpoint:
@@ -211,6 +216,13 @@ class Programs:
             return pb.task.DeleteResponse.FromString(reply)
         except DecodeError:
             raise BoxshipError(f"{os.path.basename(binary)} delete: what it printed is no answer") from None
+
+    def unheard(self, bundle: Bundle) -> Endpoint | None:
+        """Of Launcher: by the convention of containerd's own shims."""
+        name = hashlib.sha256(f"{self._address}/{bundle.namespace}/{bundle.id}".encode()).hexdigest()
+        path = f"{SOCKETS}/{name}"
+        # The newer version: an older shim says that it does not know it.
+        return Endpoint(f"unix://{path}", VERSION_MAX) if os.path.exists(path) else None
 
     async def info(self, runtime: str, options: Any | None) -> Any:
         """Of Launcher. Raises Unsupported for a shim that does not know `-info`."""

@@ -38,6 +38,7 @@ log = logging.getLogger("boxship.shim")
 
 LOAD_TIMEOUT_S = 5.0
 SHUTDOWN_TIMEOUT_S = 3.0
+CLOSE_GRACE_S = 5.0
 LOG_LINE_MAX = 8192
 
 RESPONSES = {
@@ -316,7 +317,7 @@ class Shims:
             # First of all: a shim that was just started waits for somebody to read its log.
             if os.path.exists(bundle.file("log")):
                 shim.open_log()
-            shim.endpoint = _stored_endpoint(bundle)
+            shim.endpoint = self._endpoint(shim)
             await shim.connect(lambda: self._lost(shim))
             tasked = shim.sandboxed or os.path.exists(bundle.file("sandboxer")) or await self._has_task(shim)
         except (BoxshipError, OSError, ValueError) as error:
@@ -329,6 +330,24 @@ class Shims:
             await self.abandon(shim)
             return
         self._shims[namespace, name] = shim
+
+    def _endpoint(self, shim: Shim) -> Endpoint:
+        bundle = shim.bundle
+        try:
+            with open(bundle.file("bootstrap.json"), "rb") as file:
+                found = json.loads(file.read())
+            return Endpoint(str(found["address"]), int(found.get("version", 2)), str(found.get("protocol", "ttrpc")))
+        except (FileNotFoundError, ValueError, KeyError):
+            pass
+        # The daemon was killed before it could write that. Shims of containerd 1.7 and older wrote their address themselves.
+        try:
+            with open(bundle.file("address"), "rb") as file:
+                return parse_endpoint(file.read())
+        except FileNotFoundError:
+            guess = self._launcher_for(shim.launch.runtime).unheard(bundle)
+            if guess is None:
+                raise
+            return guess
 
     async def _has_task(self, shim: Shim) -> bool:
         try:
@@ -370,18 +389,4 @@ class Shims:
         for shim in self._shims.values():
             shim.disconnect()
         if self._background:
-            await asyncio.wait(self._background, timeout=DELETE_GRACE_S)
-
-
-DELETE_GRACE_S = 5.0
-
-
-def _stored_endpoint(bundle: Bundle) -> Endpoint:
-    try:
-        with open(bundle.file("bootstrap.json"), "rb") as file:
-            found = json.loads(file.read())
-        return Endpoint(str(found["address"]), int(found.get("version", 2)), str(found.get("protocol", "ttrpc")))
-    except (FileNotFoundError, ValueError, KeyError):
-        # Left by a shim of containerd 1.7 or older, or by a daemon that was killed before it could write.
-        with open(bundle.file("address"), "rb") as file:
-            return parse_endpoint(file.read())
+            await asyncio.wait(self._background, timeout=CLOSE_GRACE_S)
