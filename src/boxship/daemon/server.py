@@ -118,6 +118,7 @@ class Daemon:
         self._undo: list[Callable[[], Any]] = []
         self._last_use = time.monotonic()
         self._running: Callable[[], int] = lambda: 0
+        self._clients: Callable[[], int] = lambda: 0
 
     # --- start
 
@@ -159,6 +160,8 @@ class Daemon:
         if config.containerd.enabled and not config.containerd.remote:
             await self._serve_ttrpc(containerd, inherited.pop(config.containerd_socket + ".ttrpc", None))
             await self._serve_grpc(containerd, observer, inherited.pop(config.containerd_socket, None))
+        if config.docker.enabled:
+            await self._serve_docker(containerd, inherited.pop(config.docker_socket, None))
         if config.metrics.address:
             endpoint = metrics.Endpoint([self._calls.lines, metrics.process, self._gauges])
             await endpoint.listen(config.metrics.address)
@@ -219,6 +222,17 @@ class Daemon:
             self._undo.append(lambda: _unlink(path))
         self._undo.append(server.stop)
 
+    async def _serve_docker(self, containerd: Containerd, listener: socket.socket | None) -> None:
+        from boxship.daemon import docker  # aiohttp is not for a daemon without the engine
+
+        missing = docker.NEEDS - set(containerd.present())
+        if missing:
+            log.warning("no engine: it needs %s", ", ".join(sorted(missing)))
+            return
+        served = await docker.serve(containerd, self.config, listener)
+        self._clients = served.connections
+        self._undo.append(served.close)
+
     # --- while it runs
 
     def _reload(self) -> None:
@@ -239,7 +253,7 @@ class Daemon:
                     await self._end.wait()
             except TimeoutError:
                 pass
-            if self._calls.open or self._running():
+            if self._calls.open or self._running() or self._clients():
                 self._last_use = time.monotonic()
             used = max(self._last_use, self._calls.last)
             if time.monotonic() - used > self.config.idle_exit_s:

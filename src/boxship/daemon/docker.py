@@ -1,0 +1,100 @@
+"""The Docker engine in the daemon: its settings out of the configuration, its application on its socket.
+
+Runs in: the daemon, on its event loop.
+Settings: the table [engine] (namespace, snapshotter, default_runtime, cgroup_parent, init, and [engine.runtimes] with NAME =
+"runtime" or ["runtime", "binary"]); registries as in [images] and [registry].
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from aiohttp import web
+
+from boxship import engine
+from boxship.api.containerd.services import Containerd
+from boxship.daemon.config import Config
+from boxship.images.configuration import configure
+from boxship.kit.errors import InvalidArgument
+
+log = logging.getLogger("boxship.engine")
+
+NEEDS = {"containers", "content", "diff", "events", "images", "leases", "namespaces", "snapshots", "tasks"}
+"""Services without which there is no engine."""
+TEXTS = ("namespace", "snapshotter", "default_runtime", "cgroup_parent", "init")
+
+
+def settings(table: Mapping[str, Any], address: str) -> engine.Settings:
+    """The engine's settings; `address` is where containerd is. Raises InvalidArgument, which names the key."""
+    values: dict[str, Any] = {"address": address}
+    for key, value in table.items():
+        if key in TEXTS:
+            if not isinstance(value, str):
+                raise InvalidArgument(f"engine.{key} is not a text")
+            values[key] = value
+        elif key == "runtimes" and isinstance(value, dict):
+            values[key] = dict(engine.Settings().runtimes)
+            for name, what in value.items():
+                words = [what] if isinstance(what, str) else what
+                if not isinstance(words, list) or not 1 <= len(words) <= 2 or not all(isinstance(word, str) for word in words):
+                    raise InvalidArgument(f"engine.runtimes.{name} is no runtime, nor a runtime and its binary")
+                values[key][name] = (words[0], words[1] if len(words) == 2 else "")
+        else:
+            raise InvalidArgument(f"unknown key engine.{key}")
+    return engine.Settings(**values)
+
+
+def _warned(host: str, text: str) -> None:
+    log.warning("%s: %s", host, text)
+
+
+class Served:
+    """The engine on its socket."""
+
+    def __init__(self, runner: web.AppRunner, path: str, own: bool) -> None:
+        self._runner = runner
+        self._path = path
+        self._own = own
+
+    def connections(self) -> int:
+        """How many clients are connected."""
+        return len(self._runner.server.connections) if self._runner.server else 0
+
+    async def close(self) -> None:
+        """End it; the socket goes when it is not systemd's."""
+        await self._runner.cleanup()
+        if self._own:
+            try:
+                os.unlink(self._path)
+            except FileNotFoundError:
+                pass
+
+
+async def serve(containerd: Containerd, config: Config, listener: socket.socket | None) -> Served:
+    """Open the engine and answer on its socket (`listener`, when somebody opened it before). Raises BoxshipError, OSError."""
+    chosen = settings(config.table("engine"), config.containerd.remote or config.containerd_socket)
+    registries = configure(config.table("images"), config.table("registry"), _warned).registries
+    runner = engine.runner(engine.app(containerd, config.root, config.state, settings=chosen, registries=registries))
+    await runner.setup()
+    path = config.docker_socket
+    try:
+        if listener is not None:
+            await web.SockSite(runner, listener).start()
+        else:
+            os.makedirs(os.path.dirname(path), 0o711, exist_ok=True)
+            before = os.umask(0o777 & ~config.docker.mode)
+            try:
+                await web.UnixSite(runner, path).start()
+            finally:
+                os.umask(before)
+            os.chmod(path, config.docker.mode)
+            if config.docker.uid >= 0 or config.docker.gid >= 0:
+                os.chown(path, config.docker.uid, config.docker.gid)
+    except BaseException:
+        await runner.cleanup()
+        raise
+    return Served(runner, path, listener is None)
