@@ -66,6 +66,7 @@ JSON_LIMIT = 20 << 20
 
 _IGNORED = frozenset(("repositories", "version"))
 _TOLD = 4 << 20
+_PADDING = 1 << 20
 
 T = TypeVar("T")
 
@@ -305,6 +306,10 @@ def _scan(bridge: _Bridge, next_piece: Callable[[], bytes]) -> _Contents:
             if member.sparse is not None:
                 raise InvalidArgument(f"{name}: sparse members are not part of an image archive")
             _keep(bridge, contents, name, source, member.stored, unique)
+    # Padding and the checksum of what is compressed around it all; a sender is not cut off while it still sends them.
+    left = _PADDING
+    while left > 0 and (piece := next_piece()):
+        left -= len(piece)
     return contents
 
 

@@ -251,6 +251,20 @@ def test_a_truncated_archive_is_refused(cut: int) -> None:
     refused(gzip.compress(old_docker([(["app:1"], [BIG])]), 1)[:cut], InvalidArgument, "end|ends|unrecognized")
 
 
+def test_a_source_is_read_to_its_end_and_checked_to_its_end() -> None:
+    data = old_docker([(["app:1"], [ONE])]) + bytes(100_000)
+    left = [data[begin:begin + 4096] for begin in range(0, len(data), 4096)]
+
+    async def source() -> AsyncIterator[bytes]:
+        while left:
+            yield left.pop(0)
+
+    load(MemoryStore(), source())
+    assert not left
+    packed = gzip.compress(data)
+    refused(packed[:-8] + bytes(8), InvalidArgument, "gzip")
+
+
 def test_a_layer_that_is_not_the_images_is_refused() -> None:
     members = [("c", config([ONE])), ("l", TWO), ("manifest.json", b'[{"Config":"c","Layers":["l"]}]')]
     refused(tarball(members), DataLoss, "not the one that the image names")
