@@ -10,8 +10,8 @@ Bytes travel as Data messages, of which the receiver allows so many bytes by Win
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
-from typing import Any
 
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.empty_pb2 import Empty
@@ -31,30 +31,62 @@ _WAITING = 16
 _INIT_S = 10.0
 
 
+class _Channel:
+    """A short queue with an end. One side puts, the other takes; whoever has to wait is woken by the other or by the end."""
+
+    def __init__(self) -> None:
+        self._values: deque[AnyMessage] = deque()
+        self._ended = False
+        self._taker: asyncio.Future[None] | None = None
+        self._putter: asyncio.Future[None] | None = None
+
+    async def put(self, value: AnyMessage) -> bool:
+        """False when it has ended and nobody takes any more."""
+        while len(self._values) >= _WAITING and not self._ended:
+            self._putter = asyncio.get_running_loop().create_future()
+            await self._putter
+        if self._ended:
+            return False
+        self._values.append(value)
+        _wake(self._taker)
+        return True
+
+    async def take(self) -> AnyMessage | None:
+        """None at the end, after everything that was put before."""
+        while not self._values:
+            if self._ended:
+                return None
+            self._taker = asyncio.get_running_loop().create_future()
+            await self._taker
+        _wake(self._putter)
+        return self._values.popleft()
+
+    def end(self) -> None:
+        self._ended = True
+        _wake(self._taker)
+        _wake(self._putter)
+
+
+def _wake(waiter: asyncio.Future[None] | None) -> None:
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)
+
+
 class Stream:
     """The server's end of one stream."""
 
     def __init__(self) -> None:
-        self._incoming: asyncio.Queue[AnyMessage | None] = asyncio.Queue(_WAITING)
-        self._outgoing: asyncio.Queue[AnyMessage | None] = asyncio.Queue(_WAITING)
-        self._closed = asyncio.Event()
-        self._ended = False
+        self._incoming = _Channel()
+        self._outgoing = _Channel()
 
     async def send(self, message: Message) -> None:
         """Send a message. Raises Unavailable when the stream is closed, by whichever side."""
-        packed = pack(message)
-        if not await self._until_closed(self._outgoing.put(packed)):
+        if not await self._outgoing.put(pack(message)):
             raise Unavailable("the stream is closed")
 
     async def receive(self) -> Message | None:
         """The client's next message; None when it sends no more. One of an unknown type is passed over."""
-        while not self._ended:
-            if self._incoming.empty() and self._closed.is_set():
-                break
-            value = self._incoming.get_nowait() if not self._incoming.empty() else await self._next()
-            if value is None:
-                self._ended = True
-                break
+        while (value := await self._incoming.take()) is not None:
             try:
                 message = unpack(value)
             except DecodeError:
@@ -65,28 +97,8 @@ class Stream:
 
     def close(self) -> None:
         """End the stream; what was sent before still goes out."""
-        self._closed.set()
-
-    async def _next(self) -> AnyMessage | None:
-        task = asyncio.ensure_future(self._incoming.get())
-        if await self._until_closed(task):
-            return task.result()
-        return None
-
-    async def _until_closed(self, work: Any) -> bool:
-        """Whether `work` was done before the stream was closed."""
-        if self._closed.is_set():
-            if asyncio.iscoroutine(work):
-                work.close()
-            return False
-        task = asyncio.ensure_future(work)
-        closed = asyncio.ensure_future(self._closed.wait())
-        try:
-            done, _ = await asyncio.wait([task, closed], return_when=asyncio.FIRST_COMPLETED)
-            return task in done
-        finally:
-            task.cancel()
-            closed.cancel()
+        self._outgoing.end()
+        self._incoming.end()
 
     async def serve(self, requests: AsyncIterator[AnyMessage]) -> AsyncIterator[AnyMessage]:
         """For the service: take what the client sends, yield what goes to it, until the stream is closed."""
@@ -94,27 +106,18 @@ class Stream:
         async def pump() -> None:
             try:
                 async for request in requests:
-                    await self._incoming.put(request)
+                    if not await self._incoming.put(request):
+                        return
             finally:
                 # The client's end is no end of ours: a sender of bytes closes its side and waits.
-                await self._incoming.put(None)
+                self._incoming.end()
 
         pumping = asyncio.ensure_future(pump())
         try:
-            while not (self._closed.is_set() and self._outgoing.empty()):
-                getting = asyncio.ensure_future(self._outgoing.get())
-                closed = asyncio.ensure_future(self._closed.wait())
-                try:
-                    await asyncio.wait([getting, closed], return_when=asyncio.FIRST_COMPLETED)
-                    if getting.done():
-                        message = getting.result()
-                        if message is not None:
-                            yield message
-                finally:
-                    getting.cancel()
-                    closed.cancel()
+            while (message := await self._outgoing.take()) is not None:
+                yield message
         finally:
-            self._closed.set()
+            self.close()
             pumping.cancel()
 
 
