@@ -21,13 +21,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlencode, urljoin, urlsplit
+from urllib.request import getproxies_environment, proxy_bypass
 
 import aiohttp
 from yarl import URL
 
 from boxship import __version__
-from boxship.images.auth import Anonymous, Authorizer, CredentialSource
-from boxship.images.hosts import Configuration, Host
+from boxship.images.auth import Anonymous, Authorizer, Credentials, CredentialSource
+from boxship.images.hosts import Configuration, Host, is_loopback
 from boxship.kit.errors import (
     BoxshipError,
     DataLoss,
@@ -243,10 +244,14 @@ class Transport:
                 all_headers["Content-Length"] = str(request.length)
         elif method in ("POST", "PUT", "PATCH"):
             all_headers["Content-Length"] = "0"
+        proxy, proxy_headers = _proxy(url)
+        if url.startswith("http:"):
+            all_headers.update(proxy_headers)
         try:
             async with patience:
                 response = await self._open().request(
-                    method, URL(url, encoded=True), headers=all_headers, data=data, allow_redirects=False,
+                    method, URL(url, encoded=True), headers=all_headers, data=data, allow_redirects=False, proxy=proxy,
+                    proxy_headers=proxy_headers if url.startswith("https:") else None,
                     ssl=self._context(host) if url.startswith("https:") else True,
                     timeout=aiohttp.ClientTimeout(
                         total=None, sock_connect=host.connect_timeout_s or limits.connect_s,
@@ -275,7 +280,8 @@ class Transport:
             connector = aiohttp.TCPConnector(limit=0, limit_per_host=self.limits.connections)
             self._session = aiohttp.ClientSession(
                 connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar(), read_bufsize=READ_BUFFER,
-                trust_env=True,
+                # Only proxies are wanted of the environment (`_proxy`), not what ~/.netrc has for the host.
+                trust_env=False,
             )
         return self._session
 
@@ -486,6 +492,19 @@ def _snippet(body: bytes) -> str:
 
 def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def _proxy(url: str) -> tuple[URL | None, dict[str, str]]:
+    """The proxy that the environment has for a URL (http_proxy, https_proxy, no_proxy), none for this machine itself; and what
+    it is to be told of who asks.
+    """
+    parts = urlsplit(url)
+    found = getproxies_environment().get(parts.scheme, "")
+    if not found or is_loopback(parts.hostname or "") or proxy_bypass(parts.netloc.rpartition("@")[2]):
+        return None, {}
+    proxy = URL(found if "://" in found else f"http://{found}")
+    user = {"Proxy-Authorization": Credentials(proxy.user, proxy.password or "").basic()} if proxy.user else {}
+    return proxy.with_user(None), user
 
 
 def _shown(url: str) -> str:

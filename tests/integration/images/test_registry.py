@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 from aiohttp import web
@@ -830,6 +831,33 @@ def test_basic_credentials(password: str) -> None:
         else:
             await fails(client, Unauthenticated, "log in")
             assert len(registry.log) == 2
+
+    story(work)
+
+
+# Proxies.
+
+
+def test_the_environments_proxy_is_used_but_for_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def work(registry: Registry, client: Client) -> None:
+        registry.add_image("lib/app", "latest")
+        netrc = tmp_path / "netrc"
+        netrc.write_text("machine registry.example login u password p\n")
+        monkeypatch.setenv("NETRC", str(netrc))
+        monkeypatch.setenv("http_proxy", f"http://me:secret@{registry.address}")
+        seen: list[tuple[str, str, bool]] = []
+
+        async def hook(request: web.Request) -> None:
+            seen.append((request.headers["Host"], request.headers.get("Proxy-Authorization", ""), "Authorization" in request.headers))
+
+        registry.hooks.append(hook)
+        await client.pull("registry.example/lib/app")
+        assert set(seen) == {("registry.example", Credentials("me", "secret").basic(), False)}
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+        await client.pull("lib/app")
+        monkeypatch.setenv("no_proxy", "example")
+        with pytest.raises(Unavailable, match=r"no such host|connect"):
+            await client.pull("registry.example/lib/app")
 
     story(work)
 
