@@ -18,7 +18,7 @@ import secrets
 import stat
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import CancelledError as FutureCancelledError
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -208,8 +208,12 @@ def _appender(bridge: _Bridge, writer: AsyncWriter) -> Callable[[bytes | memoryv
 
 
 async def in_thread(work: Callable[[], T], stop: Callable[[], None]) -> T:
-    """Do `work` in a thread; when cancelled, ask it to stop and wait until it has."""
-    task = asyncio.ensure_future(asyncio.to_thread(work))
+    """Do `work` in a thread of its own; when cancelled, ask it to stop and wait until it has.
+
+    Not one of the loop's pool: such work waits for the loop, and the loop for others of the pool.
+    """
+    pool = ThreadPoolExecutor(1, "boxship-archive")
+    task = asyncio.get_running_loop().run_in_executor(pool, work)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
@@ -218,6 +222,8 @@ async def in_thread(work: Callable[[], T], stop: Callable[[], None]) -> T:
         if not task.cancelled():
             task.exception()
         raise
+    finally:
+        pool.shutdown(wait=False)
 
 
 async def _read_archive(blobs: Blobs, source: Source, callback: Callback | None) -> _Contents:

@@ -10,6 +10,7 @@ import os
 import tarfile
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,17 @@ def test_a_cancelled_load_leaves_nothing_half_done() -> None:
     begin = time.monotonic()
     asyncio.run(run())
     assert not store.ingests and not store.busy
+
+
+def test_many_at_once_do_not_wait_for_one_another() -> None:
+    async def run() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        data = old_docker([(["app:1"], [ONE])])
+        async with asyncio.timeout(10):
+            found = await asyncio.gather(*(archive.load(LocalBlobs(MemoryStore()), pieces(data)) for _ in range(20)))
+        assert len(found) == 20
+
+    asyncio.run(run())
 
 
 # What does not.
