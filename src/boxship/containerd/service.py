@@ -19,7 +19,9 @@ from boxship.api.containerd.call import Call
 from boxship.api.containerd.services import Containerd
 from boxship.containerd.events import Events, Exchange, TtrpcEvents
 from boxship.containerd.introspection import Introspection, plugin
+from boxship.containerd.metadata.store import Metadata
 from boxship.containerd.sandboxes import Controller
+from boxship.containerd.snapshots.probe import open_drivers
 from boxship.containerd.streaming import Streaming, Streams
 from boxship.containerd.tasks.launch import Launcher
 from boxship.containerd.tasks.service import Tasks
@@ -40,12 +42,17 @@ GRPC_PLUGINS = {
 """Attribute of the bundle → how containerd calls the plugin."""
 
 
-def _plugins(services: Containerd, root: str) -> list[Any]:
+def _plugins(services: Containerd, metadata: Metadata) -> list[Any]:
     host = pb.types.Platform(os="linux", architecture=_architecture())
     found = [plugin("grpc", GRPC_PLUGINS[each]) for each in services.present() if each in GRPC_PLUGINS]
     found.append(plugin("grpc", "healthcheck"))
+    found += [plugin("snapshotter", name, platforms=[host], exports={"root": driver.root})
+              for name, driver in metadata.drivers.items()]
     found += [
+        plugin("content", "content"),
         plugin("event", "exchange"),
+        plugin("gc", "scheduler"),
+        plugin("metadata", "bolt"),
         plugin("io.containerd.runtime.v2", "task", platforms=[host], exports={"log-uri-schemes": "fifo,binary,file"}),
         plugin("streaming", "manager"),
         plugin("transfer", "local"),
@@ -75,7 +82,9 @@ async def open(  # noqa: A001 - as one opens a store
     os.makedirs(root, 0o711, exist_ok=True)
     os.makedirs(state, 0o711, exist_ok=True)
     exchange = Exchange()
+    metadata = Metadata(root, exchange, open_drivers(root), tables)
     services = Containerd({
+        **metadata.services,
         "version": Version(),
         "events": Events(exchange),
         "ttrpc_events": TtrpcEvents(exchange),
@@ -97,12 +106,14 @@ async def open(  # noqa: A001 - as one opens a store
     services.streaming = Streaming(streams)
     moving = configure(parts.get("images", {}), parts.get("registry", {}), _warned)
     services.transfer = Transfer(Images(services, moving), streams)
-    services.introspection = Introspection(root, lambda: _plugins(services, root), runtime_info)
+    services.introspection = Introspection(root, lambda: _plugins(services, metadata), runtime_info)
+    await metadata.start()
     await shims.load()
 
     async def close() -> None:
         exchange.close()
         await shims.close()
+        await metadata.close()
 
     services.on_close(close)
     services.running = lambda: len(shims.all(""))

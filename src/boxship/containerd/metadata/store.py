@@ -1,0 +1,76 @@
+"""All of the metadata over one root: database, content, snapshot drivers and their collection, and the services on top.
+
+Runs in: the daemon, on its event loop.
+
+    ROOT/metadata.db                              boxship.containerd.metadata.database
+    ROOT/content/                                 boxship.images.content
+    ROOT/io.containerd.snapshotter.v1.NAME/       one for each snapshot driver
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from boxship.containerd.events import Exchange
+from boxship.containerd.metadata.content import Content
+from boxship.containerd.metadata.database import Database
+from boxship.containerd.metadata.gc import Collector
+from boxship.containerd.metadata.leases import Leases
+from boxship.containerd.metadata.records import Containers, Images, SandboxStore
+from boxship.containerd.metadata.snapshots import Snapshots
+from boxship.containerd.namespaces import Namespaces
+from boxship.containerd.snapshots.driver import Driver
+from boxship.images.content import ContentStore
+from boxship.kit.errors import InvalidArgument
+
+SHARED, ISOLATED = "shared", "isolated"
+
+
+class Metadata:
+    """What is at `root`, opened. `services` has the services by their attribute in the bundle."""
+
+    def __init__(
+        self, root: str, exchange: Exchange, drivers: Mapping[str, Driver], tables: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """`drivers` become this object's own. `tables` may have `content.sharing_policy`: "shared" (the default) or "isolated".
+
+        Raises InvalidArgument for another policy, and what the database and the files raise.
+        """
+        policy = (tables or {}).get("content", {}).get("sharing_policy", SHARED)
+        if policy not in (SHARED, ISOLATED):
+            raise InvalidArgument(f'content.sharing_policy must be "{SHARED}" or "{ISOLATED}", not {policy!r}')
+        self.drivers = drivers
+        self.database = Database(os.path.join(root, "metadata.db"))
+        self.files = ContentStore(os.path.join(root, "content"))
+        self.collector = Collector(self.database, self.files, drivers)
+        collect = self.collector.request
+        snapshots = Snapshots(self.database, drivers, exchange, collect)
+        self.collector.pending = snapshots.pending
+        self.services: dict[str, Any] = {
+            "namespaces": Namespaces(self.database, exchange),
+            "containers": Containers(self.database, exchange),
+            "images": Images(self.database, exchange, collect),
+            "content": Content(self.database, self.files, exchange, collect, policy == SHARED),
+            "leases": Leases(self.database, collect, lambda: drivers),
+            "snapshots": snapshots,
+            "sandbox_store": SandboxStore(self.database, exchange),
+        }
+
+    async def start(self) -> None:
+        """Bring rows and files to agree after a crash, then begin to collect."""
+        await asyncio.to_thread(self.collector.reconcile)
+        self.collector.start()
+
+    async def close(self) -> None:
+        """Let a collection end, then let go of everything."""
+        await self.collector.stop()
+        for driver in self.drivers.values():
+            driver.close()
+        self.database.close()
+
+    def check(self) -> list[str]:
+        """What is wrong, in words; empty when all is well. Reads every blob: takes its time, in any thread."""
+        return self.collector.check()
