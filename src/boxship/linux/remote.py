@@ -12,8 +12,9 @@ does nothing but what a `Program` says; so no interpreter, library or open file 
       │◄────────────────────────────────────────────────────│ {index, errno}; 0 = came to the END
       │  closes the socket                                  │ exits, if it still waits
 
-Layout of the memory (little or big endian as the machine is; 16 MiB at 0x200000000000 in init, sparse):
-operations of 72 bytes each from offset 0, then the data that their pointers mean.
+Layout of the memory (little or big endian as the machine is; 16 MiB at 0x200000000000 in init, sparse): operations of 72
+bytes each from offset 0, then the data that their pointers mean; the last `SCRATCH_SIZE` bytes are no program's, for
+system calls to fill that may have much to say or little.
 
 Not here: what the programs do (`boxship.runtime.init` tells the story of a container).
 """
@@ -35,14 +36,19 @@ except ImportError:
     raise ImportError("boxship.linux._sys is not of this version: build the package again, make build") from None
 
 __all__ = [
-    "CTL", "NEXT", "Label", "Program", "Reg", "Remote", "RemoteError", "RemoteGone", "channel", "received", "sealed", "spawn",
+    "CTL", "NEXT", "SCRATCH", "SCRATCH_SIZE", "Label", "Program", "Reg", "Remote", "RemoteError", "RemoteGone", "channel",
+    "received", "sealed", "spawn",
 ]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
 BASE = 0x200000000000
 SIZE = 16 << 20
+SCRATCH_SIZE = 1 << 18
+SCRATCH = BASE + SIZE - SCRATCH_SIZE
+"""Where init has it: an address for arguments."""
 _RESULT = Struct("=q")
 _WORD = Struct("=II")
 _ANSWER = Struct("=Ii")
@@ -258,9 +264,9 @@ class Remote:
     def send(self, program: Program, fds: Sequence[int] = ()) -> None:
         """Start `program` without waiting for its answer; `fds` arrive in the registers `received(0)` and following."""
         image = program.image()
-        if len(image) > SIZE - 4096:
+        if len(image) > SIZE - SCRATCH_SIZE:
             what = f"arguments, environment or paths of {len(image)} bytes"
-            raise InvalidArgument(f"{what} are more than the {SIZE} that init takes")
+            raise InvalidArgument(f"{what} are more than the {SIZE - SCRATCH_SIZE} that init takes")
         written = 0
         while written < len(image):
             written += os.pwrite(self.memory, image[written:] if written else image, written)
@@ -336,6 +342,10 @@ class Remote:
         """`size` bytes of the last program's data, at an offset from `place`."""
         assert self._program is not None
         return os.pread(self.memory, size, self._program.data_base + offset)
+
+    def scratch(self, size: int) -> bytes:
+        """The first bytes at `SCRATCH`."""
+        return os.pread(self.memory, size, SIZE - SCRATCH_SIZE)
 
 
 def channel() -> tuple[int, int, int]:

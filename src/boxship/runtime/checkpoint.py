@@ -24,6 +24,7 @@ from boxship.abi.namespace import CLONE_NEWNET
 from boxship.kit.errors import BoxshipError, FailedPrecondition, InvalidArgument
 from boxship.kit.files import read_all, write_atomic
 from boxship.linux import criu, mounts
+from boxship.linux.cgroups.arrangement import arrangement, restore_options
 from boxship.oci import text
 from boxship.oci.config import Mount
 from boxship.runtime import notify, state
@@ -206,6 +207,14 @@ def resolve(root_fd: int, path: str) -> str:
         raise BoxshipError(f"too many levels of symbolic links in {path}") from None
 
 
+def keep_v2_options(context: Context, options: list[str]) -> None:
+    """Undo what CRIU's own mounts have done to the machine's v2 hierarchy."""
+    try:
+        restore_options(options)
+    except OSError as error:
+        context.warn(f"cannot give the cgroup2 mount its options {options} back: {(error.strerror or '').lower()}")
+
+
 def quote_errors(context: Context, path: str) -> None:
     """Put the errors in CRIU's log, each with the five lines before it, into ours."""
     try:
@@ -241,6 +250,7 @@ def checkpoint(context: Context, container_id: str, options: Options) -> None:
             raise FailedPrecondition(f"Container cannot be checkpointed in {status} state")
         check_version(context)
         folders = Folders(options, "dump.log")
+        v2_options = arrangement().unified_options
         try:
             request = _dump_request(context, container, options) | folders.open()
             keep = _status_fd(context, options)
@@ -258,6 +268,7 @@ def checkpoint(context: Context, container_id: str, options: Options) -> None:
                 raise BoxshipError(f"{error}\nlog file: {folders.log}") from None
         finally:
             folders.close()
+            keep_v2_options(context, v2_options)
         if not options.pre_dump and not options.switches.get("leave_running"):
             destroy(container)
 
@@ -300,8 +311,6 @@ def _external_namespaces(spec: Spec) -> Iterator[str]:
 
 
 def _freezer(cgroup: object) -> str:
-    from boxship.linux.cgroups.arrangement import arrangement
-
     if cgroup is None:
         return ""
     paths: dict[str, str] = cgroup.encode()["paths"]  # type: ignore[attr-defined]

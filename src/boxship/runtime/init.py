@@ -34,7 +34,7 @@ from boxship.abi import namespace as n
 from boxship.abi import syscalls as sc
 from boxship.kit.errors import BoxshipError, InvalidArgument
 from boxship.linux import mounts
-from boxship.linux.remote import CTL, NEXT, Label, Program, Reg, Remote, received
+from boxship.linux.remote import CTL, NEXT, SCRATCH, SCRATCH_SIZE, Label, Program, Reg, Remote, received
 from boxship.linux.scheduler import ALL_CPUS
 from boxship.runtime.rootfs import Rootfs, Source, inside
 
@@ -54,7 +54,6 @@ _TIOCSPTLCK, _TIOCGPTPEER, _TIOCSCTTY, _TIOCSWINSZ = 0x40045431, 0x5441, 0x540E,
 _SIOCSIFFLAGS = 0x8914
 # To setresuid(2) -1 is "as it was": the process would stay root.
 _NO_ID = 0xFFFFFFFF
-_PASSWD_LIMIT = 1 << 18
 _CHUNK = 150
 """Operations after which the parent lets init begin: few enough to keep both at work, many enough to pay for the way."""
 _FDS_AT_ONCE = 200  # SCM_RIGHTS takes 253
@@ -563,17 +562,15 @@ class Story:
         p = self.p
         none = Label()
         fd = p.new()
-        passwd = p.place(bytes(_PASSWD_LIMIT))
         # An image's link through /proc/self/fd would lead along our descriptor of the host's procfs, to files of the host.
         how = mounts.open_how(os.O_RDONLY | os.O_NONBLOCK | m.O_NOCTTY, 0, m.RESOLVE_NO_MAGICLINKS)
         p.call(sc.OPENAT2, m.AT_FDCWD, "/etc/passwd", how, 24, dst=fd, on_err=none)
-        index = p.call(sc.READ, fd, 0, _PASSWD_LIMIT - 1, on_err=NEXT)
-        p.point(index, 1, passwd)
+        index = p.call(sc.READ, fd, SCRATCH, SCRATCH_SIZE, on_err=NEXT)
         self.fs.close(fd)
         p.mark(none)
 
         def learn() -> None:
-            self._passwd = self.remote.data(passwd, _PASSWD_LIMIT).split(b"\0", 1)[0]
+            self._passwd = self.remote.scratch(max(self.remote.result(index), 0))
 
         self._to_learn.append(learn)
 

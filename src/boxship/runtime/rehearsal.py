@@ -43,6 +43,9 @@ class _Nobody:
     def data(self, offset: int, size: int) -> bytes:
         return bytes(size)
 
+    def scratch(self, size: int) -> bytes:
+        return b""
+
 
 class Rehearsal:
     """What is rehearsed with: made once, since the workers inherit it."""

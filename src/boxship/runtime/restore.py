@@ -18,6 +18,7 @@ Spec: runc 1.5's restore; see `boxship.runtime.checkpoint` for what is in the im
 from __future__ import annotations
 
 import os
+from _struct import Struct
 
 from boxship.abi import mount as m
 from boxship.abi import syscalls as sc
@@ -25,6 +26,7 @@ from boxship.kit import failpoint
 from boxship.kit.errors import BoxshipError, FailedPrecondition, InvalidArgument, NotFound
 from boxship.kit.files import read_all
 from boxship.linux import criu, mounts
+from boxship.linux.cgroups.arrangement import arrangement
 from boxship.linux.remote import RemoteGone
 from boxship.oci import text
 from boxship.oci.config import Mount, Process
@@ -36,6 +38,7 @@ from boxship.runtime.checkpoint import (
     check_version,
     common,
     external_mounts,
+    keep_v2_options,
     quote_errors,
     resolve,
 )
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
 ROOT = "criu-root"
 """In the container's folder: where CRIU finds the root file system, as a mount that nobody else sees."""
 
+_ACL = "system.posix_acl_access"
 _OLDEST_FOR_LABELS = 31600
 _JOINED = {"mount": "mnt", "uts": "uts", "ipc": "ipc", "user": "user", "time": "time"}
 
@@ -126,8 +130,10 @@ class _Restoring:
         else:
             check_version(self.context)
         folders = Folders(self.options, "restore.log")
+        v2_options = arrangement().unified_options
         try:
             request = self._request()
+            self._open_images()
             self._make_mount_points()
             failpoint.hit("restore.points")
             self._start(request, folders)
@@ -139,6 +145,7 @@ class _Restoring:
                 raise BoxshipError(f"{error}\nlog file: {folders.log}") from None
         finally:
             folders.close()
+            keep_v2_options(self.context, v2_options)
 
     def end(self) -> None:
         """Stop CRIU, wherever it is; it takes what it has restored so far with it."""
@@ -197,6 +204,24 @@ class _Restoring:
             external.append({"key": "/dev/null", "val": "/dev/null"})
         request["ext_mnt"] = external
         return request
+
+    def _open_images(self) -> None:
+        """Let the root of the container's user namespace read the images: CRIU restores as that user, and asks for some late.
+
+        By an access control list: nobody else may, and he may not write, as what is read here is believed.
+        """
+        linux = self.spec.linux
+        root = next((ids.host_id for ids in linux.uid_mappings if not ids.container_id), 0) if linux else 0
+        if not root:
+            return
+        images = self.options.images
+        try:
+            for name in os.listdir(images):
+                if name.endswith(".img"):
+                    os.setxattr(f"{images}/{name}", _ACL, _readable_by(root, 0o6, 0o4), follow_symlinks=False)
+            os.setxattr(images, _ACL, _readable_by(root, 0o7, 0o5))
+        except OSError as error:
+            self.context.debug(f"images in {images} are readable as they are: {(error.strerror or '').lower()}")
 
     def _saved_descriptors(self) -> list[str]:
         path = os.path.join(self.options.images, DESCRIPTORS)
@@ -342,6 +367,16 @@ class _Restoring:
                 container.claim()
         elif answer.script == "orphan-pts-master" and answer.fds:
             made.terminal = hand_terminal(made.options, answer.fds.pop(0))
+
+
+def _readable_by(uid: int, owner: int, user: int) -> bytes:
+    """An access control list: `owner` for the owner, `user` for one more user, nothing for all others.
+
+    Spec: acl(5), struct posix_acl_xattr_header and _entry: version 2, then (tag, permissions, id) in the order of tags.
+    """
+    nobody = 0xFFFFFFFF
+    entries = ((0x01, owner, nobody), (0x02, user, uid), (0x04, 0, nobody), (0x10, user, nobody), (0x20, 0, nobody))
+    return Struct("<I").pack(2) + b"".join(Struct("<HHI").pack(*entry) for entry in entries)
 
 
 def _cgroup_roots(pid: int) -> Iterator[dict[str, str]]:

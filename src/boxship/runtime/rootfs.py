@@ -91,6 +91,7 @@ class Rootfs:
         self.rootfs = rootfs
         self.host_root = -1
         self.label = label
+        self._covered: list[str] = []  # folders over which new file systems are mounted: the image has nothing to say below
 
     def use(self, program: Program) -> None:
         """Go on in another program; registers made by `Program.keep` live on."""
@@ -196,7 +197,8 @@ class Rootfs:
         p = self.p
         register = p.new()
         there = Label()
-        path = self.settle(path)
+        if not any(path.startswith(folder) for folder in self._covered):
+            path = self.settle(path)
         how = mounts.open_how(m.O_PATH, 0, _RESOLVE)
         p.call(sc.OPENAT2, self.root, path, how, 24, dst=register, on_ok=there, on_err=NEXT)
         if is_dir:
@@ -222,8 +224,11 @@ class Rootfs:
             complaint = f'!filesystem "{fstype}" must be mounted on ordinary directory'
             self.make_directories(path, "make mountpoint", target, strict=complaint)
             self.attach(self.new_filesystem(fstype, mount.source or fstype, options), target, options)
+            self._covered.append(path + "/")
         else:
             self._other(path, fstype, mount.source or fstype, options)
+            if fstype == "tmpfs":
+                self._covered.append(path + "/")
         p.context = ""
 
     def check_destination(self, destination: str, fstype: str, source: Source | None) -> None:

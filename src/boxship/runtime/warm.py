@@ -74,12 +74,16 @@ class CallerGone(Unavailable):
 
 
 class Caller:
-    """The native process at the other end, as the parent of containers (see `boxship.runtime.parent.Parent`)."""
+    """The native process at the other end, as the parent of containers (see `boxship.runtime.parent.Parent`).
+
+    `spent`: serving it has changed this process.
+    """
 
     def __init__(self, conn: _socket.socket, stdio: Sequence[int], pid: int) -> None:
         self.conn = conn
         self.stdio = stdio
         self.pid = pid
+        self.spent = False
         self._spawning: remote.Remote | None = None
 
     def ask(self, what: int, a: int = 0, b: int = 0, fds: Sequence[int] = ()) -> None:
@@ -167,6 +171,9 @@ class Caller:
 
     def inherited(self, count: int) -> list[int]:
         """See `Parent`."""
+        if count > _FDS_AT_ONCE // 2:
+            _have_room()
+            self.spent = True  # a hook of the next command shall not have that limit
         fds: list[int] = []
         while len(fds) < count:
             wanted = min(count - len(fds), _FDS_AT_ONCE)
@@ -178,6 +185,17 @@ class Caller:
                 raise OSError(-error, os.strerror(-error))
             fds += came
         return fds
+
+
+def _have_room() -> None:
+    """As many open files as this process may have: those of a caller may be more than a new process's usual limit."""
+    from boxship.abi.process import RLIMITS
+    from boxship.linux import rlimits
+
+    kind = RLIMITS["RLIMIT_NOFILE"]
+    soft, hard = rlimits.get(0, kind)
+    if soft < hard:
+        rlimits.prlimit(0, kind, hard, hard)
 
 
 def launch(path: str) -> None:
@@ -557,7 +575,7 @@ def _serve_one(conn: _socket.socket, identity: list[object]) -> bool:
         caller.ask(_EXIT, code)
     except CallerGone:
         return False
-    return call.done
+    return call.done and not caller.spent
 
 
 def main() -> None:

@@ -244,6 +244,92 @@ def test_limits_and_hooks_are_the_configurations(
     assert event["data"]["pids"]["limit"] == 77
 
 
+def needs(machine: Machine, environ: dict[str, str], feature: str) -> None:
+    """Skip where the kernel lacks what CRIU needs for this."""
+    check = machine.start(["criu", "check", "--feature", feature], env=environ).wait()
+    if check.code:
+        pytest.skip(f"criu check --feature {feature}: {(check.out + check.err).strip()[-200:]}")
+
+
+def test_memory_that_was_saved_before_is_not_saved_again(
+    machine: Machine, counting: Bundle, box: str, images: Path, environ: dict[str, str], eventually: Ask
+) -> None:
+    needs(machine, environ, "mem_dirty_track")
+    outside(counting, machine, box)
+    eventually(lambda: numbers(counting))
+    images.mkdir()
+    for name, parent in (("first", []), ("second", ["--parent-path", "../first"])):
+        machine.ok("checkpoint", "--pre-dump", *parent, "--image-path", str(images / name), box, env=environ)
+        assert machine.state(box)["status"] == "running"
+    machine.ok("checkpoint", "--parent-path", "../second", "--image-path", str(images / "last"), box, env=environ)
+    assert machine("state", box).code == 1
+    sizes = {name: sum(file.stat().st_size for file in (images / name).glob("pages-*.img")) for name in ("first", "second", "last")}
+    assert 0 < sizes["last"] < sizes["first"] and sizes["second"] < sizes["first"], sizes
+    count = len(numbers(counting))
+    machine.ok("restore", "--detach", "--image-path", str(images / "last"), "--bundle", str(counting.path), box, env=environ)
+    eventually(lambda: len(numbers(counting)) > count + 5)
+    assert numbers(counting) == list(range(1, len(numbers(counting)) + 1))
+
+
+def test_memory_is_fetched_when_it_is_needed(
+    machine: Machine, counting: Bundle, box: str, images: Path, environ: dict[str, str], eventually: Ask, tmp_path: Path
+) -> None:
+    """Lazy pages: the saved container stays to serve its memory, and the restored one asks for it."""
+    needs(machine, environ, "uffd-noncoop")
+    if os.uname().release >= "6.13":
+        pytest.skip("criu 4.2.1 cannot send pages on this kernel (page-pipe: splice: bad file descriptor), with runc neither")
+    outside(counting, machine, box)
+    eventually(lambda: numbers(counting))
+    ready, tell = os.pipe()
+    saving = machine.begin(
+        "checkpoint", "--lazy-pages", "--page-server", "127.0.0.1:27277", "--status-fd", str(tell), "--image-path", str(images),
+        "--work-path", str(tmp_path / "saving"), box, env=environ, pass_fds=[tell],
+    )
+    os.close(tell)
+    assert os.read(ready, 1) == b"\0", saving.wait()
+    os.close(ready)
+    words = ["criu", "lazy-pages", "--page-server", "--address", "127.0.0.1", "--port", "27277", "-vv", "-D", str(images)]
+    serving = machine.start([*words, "-W", str(tmp_path)], env=environ)
+    eventually((tmp_path / "lazy-pages.socket").exists)
+    other = machine.name()
+    machine.ok(
+        "restore", "--lazy-pages", "--detach", "--image-path", str(images), "--work-path", str(tmp_path), "--bundle", str(counting.path), other,
+        env=environ,
+    )
+    try:
+        assert serving.wait().code == 0 and saving.wait().code == 0
+        count = len(numbers(counting))
+        eventually(lambda: len(numbers(counting)) > count + 5)
+        assert numbers(counting) == list(range(1, len(numbers(counting)) + 1))
+    finally:
+        machine.ok("delete", "--force", other)
+
+
+def test_a_container_in_a_user_namespace_goes_on_with_its_ids(
+    machine: Machine, counting: Bundle, box: str, images: Path, environ: dict[str, str], eventually: Ask
+) -> None:
+    counting.linux["namespaces"].append({"type": "user"})  # type: ignore[attr-defined]
+    for kind in ("uidMappings", "gidMappings"):
+        counting.linux[kind] = [{"containerID": 0, "hostID": 100000, "size": 65536}]
+    subprocess.run(["chown", "-R", "100000:100000", str(counting.rootfs)], check=True)
+    for path in [counting.path, *counting.path.parents]:
+        if path not in (Path("/"), Path("/tmp")):
+            path.chmod(0o755)
+    outside(counting, machine, box)
+    eventually(lambda: numbers(counting))
+    machine.ok("checkpoint", "--image-path", str(images), box, env=environ)
+    count = len(numbers(counting))
+    machine.ok("restore", "--detach", "--image-path", str(images), "--bundle", str(counting.path), box, env=environ)
+    eventually(lambda: len(numbers(counting)) > count + 5)
+    assert numbers(counting) == list(range(1, len(numbers(counting)) + 1))
+    assert Path(f"/proc/{machine.state(box)['pid']}/uid_map").read_text().split() == ["0", "100000", "65536"]
+    assert os.stat(f"/proc/{machine.state(box)['pid']}").st_uid == 100000
+    assert machine.ok("exec", box, "id", "-u") == "0\n"
+    assert not (images / "core-1.img").stat().st_mode & 0o007
+    reading = {"user": 100001, "group": 100001, "extra_groups": []}
+    assert subprocess.run(["cat", str(images / "core-1.img")], capture_output=True, **reading).returncode, "others may not read it"  # type: ignore[call-overload]
+
+
 def test_a_container_that_does_not_run_cannot_be_saved(
     machine: Machine, counting: Bundle, box: str, images: Path, environ: dict[str, str]
 ) -> None:

@@ -131,8 +131,10 @@ def test_descriptors_are_passed_on_in_order(
 
 
 HOLDING = """
-import os, sys
+import os, resource, sys
 count, folder, *words = sys.argv[1:]
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
 for number in range(3, 3 + int(count)):
     assert os.open(f"{folder}/file{number}", os.O_RDWR | os.O_CREAT) == number
     os.set_inheritable(number, True)

@@ -183,6 +183,31 @@ def prepare() -> None:
     in_user_namespace()
 
 
+def restore_options(wanted: list[str]) -> None:
+    """Give the v2 hierarchy back those of its options that were lost: whoever mounts it anywhere sets them for all.
+
+    CRIU mounts it without any, and thereby takes nsdelegate from the machine. Raises OSError.
+    """
+    from boxship.abi import mount, syscalls
+    from boxship.linux import _sys
+
+    forget()
+    machine = arrangement()
+    lost = [option for option in wanted if option not in machine.unified_options]
+    if not machine.unified or not lost:
+        return
+    context = _sys.syscall(
+        syscalls.FSPICK, mount.AT_FDCWD, os.fsencode(machine.unified) + b"\0", mount.FSPICK_CLOEXEC | mount.FSPICK_NO_AUTOMOUNT
+    )
+    try:
+        for option in wanted:
+            _sys.syscall(syscalls.FSCONFIG, context, mount.FSCONFIG_SET_FLAG, option.encode() + b"\0", None, 0)
+        _sys.syscall(syscalls.FSCONFIG, context, mount.FSCONFIG_CMD_RECONFIGURE, None, None, 0)
+    finally:
+        os.close(context)
+    forget()
+
+
 def forget() -> None:
     """Look again at the next call of `arrangement`: a mount came or went."""
     global _known
