@@ -96,7 +96,7 @@ async def create(core: Core, body: Any, name: str) -> tuple[Container, list[str]
     host = shapes.shape(shapes.member(body, "HostConfig") or {}, shapes.HOST_CONFIG, "HostConfig")
     name = validate.name(name) if name else _random_name(core)
     warnings = validate.check(config, host)
-    _check_network(core, host, shapes.member(body, "NetworkingConfig"))
+    _check_network(host, shapes.member(body, "NetworkingConfig"))
     core.runtime(host["Runtime"])
     host["Runtime"] = host["Runtime"] or core.settings.default_runtime
     host["CgroupnsMode"] = host["CgroupnsMode"] or ("private" if os.path.exists("/sys/fs/cgroup/cgroup.controllers") else "host")
@@ -122,19 +122,16 @@ async def create(core: Core, body: Any, name: str) -> tuple[Container, list[str]
     return container, warnings
 
 
-def _check_network(core: Core, host: dict[str, Any], networking: Any) -> None:
+def _check_network(host: dict[str, Any], networking: Any) -> None:
     mode = host["NetworkMode"]
     if mode.startswith("container:"):
-        core.get(mode[10:])
         if host["PortBindings"]:
             raise InvalidArgument("conflicting options: port publishing and the container type network mode")
         return
-    if mode not in ("default", "none", "host", "bridge"):
-        raise NotFound(f"network {mode} not found")
     named = shapes.member(networking, "EndpointsConfig") or {}
     for each in named:
-        if each not in ("default", "none", "host", "bridge"):
-            raise NotFound(f"network {each} not found")
+        if each != mode and each not in ("default", "none", "host", "bridge"):
+            raise InvalidArgument(f"conflicting options: cannot attach both network {mode} and {each}")
 
 
 def _mount_points(core: Core, config: dict[str, Any], host: dict[str, Any]) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ class Failed(kit.BoxshipError):
         text = str(error)
         lower = text.lower()
         if "runtime" not in lower and "shim" not in lower and "task" not in lower:
-            return cls(text, 128, 400 if isinstance(error, kit.NotFound) else status_of(error))
+            return cls(text, 128, 400 if text.startswith("unable to find") else status_of(error))
         if not text.startswith("failed to "):
             text = doing + text
         if any(words in lower for words in ("executable file not found", "no such file or directory",

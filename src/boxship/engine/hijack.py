@@ -16,6 +16,9 @@ from typing import Any
 
 from aiohttp import web
 
+HEADERS: Any = web.RequestKey("headers", dict) if hasattr(web, "RequestKey") else "headers"
+"""In a request: the headers that every answer has."""
+
 RAW = "application/vnd.docker.raw-stream"
 MULTIPLEXED = "application/vnd.docker.multiplexed-stream"
 _HIGH = 1 << 16
@@ -125,7 +128,7 @@ def hijack(request: web.Request, content_type: str) -> Connection:
         head = f"HTTP/1.1 101 UPGRADED\r\nContent-Type: {content_type}\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n"
     else:
         head = f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\n"
-    extra = "".join(f"{name}: {value}\r\n" for name, value in request.get("headers", {}).items())
+    extra = "".join(f"{name}: {value}\r\n" for name, value in request[HEADERS].items())
     transport.write(f"{head}{extra}\r\n".encode())
     if early:
         connection.data_received(early)

@@ -19,6 +19,7 @@ from aiohttp import web
 import boxship
 from boxship.engine import shapes
 from boxship.engine.errors import status_of
+from boxship.engine.hijack import HEADERS
 from boxship.kit.errors import BoxshipError, InvalidArgument, NotFound
 
 API_MAX, API_MIN = (1, 51), (1, 24)
@@ -29,6 +30,9 @@ SERVER = f"Docker/{boxship.__version__} (linux)"
 Handler = Callable[..., Awaitable[web.StreamResponse]]
 
 _VERSION = re.compile(r"/v(\d+)\.(\d+)(?=/)")
+VERSION: Any = web.RequestKey("version", tuple) if hasattr(web, "RequestKey") else "version"
+"""In a request: the version of the API that the client speaks, as (major, minor)."""
+
 _DATA_JSON = "application/json"
 
 
@@ -102,10 +106,10 @@ def dispatcher(engine: Any, routes: Routes) -> Callable[[web.Request], Awaitable
     """aiohttp's one handler."""
 
     async def dispatch(request: web.Request) -> web.StreamResponse:
-        request["headers"] = common = headers()
+        request[HEADERS] = common = headers()
         try:
             version, path = version_of(request.path)
-            request["version"] = version
+            request[VERSION] = version
             if request.method == "OPTIONS":
                 return web.Response(headers=common)
             handler, parameters = routes.find(request.method, path)
@@ -177,7 +181,7 @@ class Stream:
 
     def __init__(self, request: web.Request, content_type: str, status: int = 200) -> None:
         self._request = request
-        self.response = web.StreamResponse(status=status, headers={**request["headers"], "Content-Type": content_type})
+        self.response = web.StreamResponse(status=status, headers={**request[HEADERS], "Content-Type": content_type})
 
     async def begin(self) -> None:
         """Send the head."""

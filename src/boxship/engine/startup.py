@@ -91,6 +91,8 @@ def _joined(core: Core, mode: str, kind: str) -> Container:
 
 def _namespaces(core: Core, container: Container) -> dict[str, str | None]:
     host = container.host
+    if host["NetworkMode"] not in ("default", "bridge", "none", "host") and not host["NetworkMode"].startswith("container:"):
+        raise NotFound(f"network {host['NetworkMode']} not found")
     found: dict[str, str | None] = {"mount": "", "network": "", "uts": "", "pid": "", "ipc": ""}
     for kind, key, proc in (("network", "NetworkMode", "net"), ("pid", "PidMode", "pid"), ("ipc", "IpcMode", "ipc")):
         mode = host[key]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -284,11 +285,7 @@ class Transfers:
     async def _write(self, data: bytes, call: Any, labels: dict[str, str]) -> str:
         from boxship.images.service import blobs
         from boxship.images.store import write
-        from boxship.oci.digest import hasher
-
-        digest = hasher("sha256:")
-        digest.update(data)
-        name = f"sha256:{digest.hexdigest()}"
+        name = f"sha256:{hashlib.sha256(data).hexdigest()}"
         await write(blobs(self._core.containerd.content, call), f"engine-{name}", data, name, labels)
         return name
 

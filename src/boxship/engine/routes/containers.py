@@ -16,7 +16,7 @@ from aiohttp import web
 from boxship.engine import create, hijack, logs, shapes, show, stats, validate
 from boxship.engine.attach import chosen, serve
 from boxship.engine.events import parse_filters
-from boxship.engine.http import Routes, Stream, answer, body_of, flag, nothing, number
+from boxship.engine.http import VERSION, Routes, Stream, answer, body_of, flag, nothing, number
 from boxship.engine.top import top
 from boxship.kit.errors import BoxshipError, FailedPrecondition, InvalidArgument, Unsupported
 
@@ -66,7 +66,7 @@ async def prune_containers(engine: Any, request: web.Request) -> web.StreamRespo
 @routes.get("/containers/{name}/json")
 async def inspect_container(engine: Any, request: web.Request, name: str) -> web.StreamResponse:
     container = engine.core.get(name)
-    shown = show.inspect(engine.core, container, request["version"])
+    shown = show.inspect(engine.core, container, request[VERSION])
     if flag(request, "size"):
         shown |= await show.sizes(engine.core, container)
     return answer(shown)
@@ -168,7 +168,7 @@ async def wait_container(engine: Any, request: web.Request, name: str) -> web.St
         future = container.wait_for(container.next_exit)
     else:
         future = None
-    if request["version"] >= (1, 30):
+    if request[VERSION] >= (1, 30):
         await stream.begin()
     if future is not None:
         await future
@@ -199,7 +199,7 @@ async def attach_container(engine: Any, request: web.Request, name: str) -> web.
     streams = engine.life.streams(container)
     streaming = flag(request, "stream")
     subscriber = streams.subscribe(wanted) if streaming else None
-    connection = hijack.hijack(request, hijack.MULTIPLEXED if multiplexed and request["version"] >= (1, 42) else hijack.RAW)
+    connection = hijack.hijack(request, hijack.MULTIPLEXED if multiplexed and request[VERSION] >= (1, 42) else hijack.RAW)
     engine.core.announce(container, "attach")
     if flag(request, "logs") and container.log_path:
         async for entries in logs.read(container.log_path, logs.Wanted(wanted), container.log):
@@ -231,7 +231,7 @@ async def container_logs(engine: Any, request: web.Request, name: str) -> web.St
         raise Unsupported("configured logging driver does not support reading")
     ask = logs.wanted(request.query, wanted, follow=flag(request, "follow"))
     multiplexed = not container.config["Tty"]
-    new = request["version"] >= (1, 42)
+    new = request[VERSION] >= (1, 42)
     stream = Stream(request, hijack.MULTIPLEXED if multiplexed and new else hijack.RAW)
     await stream.begin()
     async for entries in logs.read(container.log_path, ask, container.log):
@@ -310,7 +310,7 @@ async def start_exec(engine: Any, request: web.Request, exec_id: str) -> web.Str
     if found.container.state.paused or not found.container.state.running:
         raise FailedPrecondition(f"container {found.container.id} is not running")
     config = found.config
-    new = request["version"] >= (1, 42)
+    new = request[VERSION] >= (1, 42)
     subscriber = found.streams.subscribe(chosen(stdout=config["AttachStdout"], stderr=config["AttachStderr"]))
     connection = hijack.hijack(request, hijack.MULTIPLEXED if not config["Tty"] and new else hijack.RAW)
     try:

@@ -13,7 +13,7 @@ from aiohttp import web
 
 from boxship.engine import shapes
 from boxship.engine.events import parse_filters
-from boxship.engine.http import Routes, Stream, answer, body_of, flag, progress
+from boxship.engine.http import VERSION, Routes, Stream, answer, body_of, flag, progress
 from boxship.engine.images import familiar
 from boxship.engine.transfers import changed
 from boxship.kit.errors import InvalidArgument, Unsupported
@@ -32,9 +32,9 @@ async def list_images(engine: Any, request: web.Request) -> web.StreamResponse:
         filters.setdefault("reference", []).append(request.query["filter"])
     rows = await core.images.listed(filters, core.image_users())
     for row in rows:
-        if request["version"] < (1, 44):
+        if request[VERSION] < (1, 44):
             row["VirtualSize"] = row["Size"]
-        if request["version"] < (1, 43) and not row["RepoTags"]:
+        if request[VERSION] < (1, 43) and not row["RepoTags"]:
             row["RepoTags"], row["RepoDigests"] = ["<none>:<none>"], row["RepoDigests"] or ["<none>@<none>"]
     return answer(rows)
 
@@ -101,7 +101,7 @@ async def save_one(engine: Any, request: web.Request, name: str) -> web.StreamRe
 @routes.get("/images/{name}/json")
 async def inspect(engine: Any, request: web.Request, name: str) -> web.StreamResponse:
     shown = await engine.core.images.inspect(name)
-    if request["version"] < (1, 44):
+    if request[VERSION] < (1, 44):
         shown["VirtualSize"] = shown["Size"]
     return answer(shown)
 

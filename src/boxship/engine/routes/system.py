@@ -16,7 +16,7 @@ from aiohttp import web
 import boxship
 from boxship.engine import shapes, show, times
 from boxship.engine.events import event_filters, labelled, parse_filters
-from boxship.engine.http import API_MIN_VERSION, API_VERSION, Routes, Stream, answer, body_of, flag, nothing
+from boxship.engine.http import API_MIN_VERSION, API_VERSION, VERSION, Routes, Stream, answer, body_of, flag, nothing
 from boxship.engine.logs import DRIVERS
 from boxship.engine.volumes import size_of
 from boxship.kit.errors import BoxshipError, FailedPrecondition, NotFound, Unavailable, Unsupported
@@ -208,7 +208,7 @@ async def create_volume(engine: Any, request: web.Request) -> web.StreamResponse
 @routes.post("/volumes/prune")
 async def prune_volumes(engine: Any, request: web.Request) -> web.StreamResponse:
     filters = parse_filters(request.query.get("filters", ""), frozenset(("label", "label!", "all")))
-    everything = request["version"] < (1, 42) or filters.get("all", ["false"])[0] in ("true", "1")
+    everything = request[VERSION] < (1, 42) or filters.get("all", ["false"])[0] in ("true", "1")
     deleted, space = [], 0
     core = engine.core
     for row in core.volumes.all():
