@@ -46,25 +46,30 @@ class Place:
         self.root.close()
 
 
+def clean(path: str) -> str:
+    """The path as an absolute one without dots and doubled slashes."""
+    return os.path.normpath("/" + path.lstrip("/"))
+
+
 async def place(core: Core, container: Container, path: str, *, writing: bool = False) -> Callable[[], Place]:
     """Where `path` is; the result opens it, in a worker thread."""
-    clean = os.path.normpath("/" + path)
+    wanted = clean(path)
     if container.state.running and container.state.pid:
         pid = container.state.pid
-        return lambda: Place(Root(path=f"/proc/{pid}/root"), clean, read_only=False)
+        return lambda: Place(Root(path=f"/proc/{pid}/root"), wanted, read_only=False)
     points = [point for point in container.mounts if point["Type"] in ("bind", "volume") and (
-        clean == point["Destination"] or clean.startswith(point["Destination"] + "/"))]
+        wanted == point["Destination"] or wanted.startswith(point["Destination"] + "/"))]
     if points:
         point = max(points, key=lambda each: len(each["Destination"]))
         source = core.volumes.path(point["Name"]) if point["Type"] == "volume" else point["Source"]
-        inner = clean[len(point["Destination"]) :] or "/"
+        inner = wanted[len(point["Destination"]) :] or "/"
         if os.path.isdir(source):
             return lambda: Place(Root(path=source), inner, read_only=not point["RW"])
     mounts = await core.snapshots.mounts(container.id)
     if writing:
         container.fresh = False
         core.save(container)
-    return lambda: Place(Root(mounts, read_only=not writing), clean, read_only=container.host["ReadonlyRootfs"])
+    return lambda: Place(Root(mounts, read_only=not writing), wanted, read_only=container.host["ReadonlyRootfs"])
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -122,7 +127,7 @@ def stat_header(spot: Place, wanted: str) -> str:
             raise InvalidArgument(f"not a directory: {wanted}")
     finally:
         os.close(fd)
-    base = os.path.basename(os.path.normpath("/" + wanted)) or "/"
+    base = os.path.basename(clean(wanted)) or "/"
     text = json.dumps({
         "name": base, "size": info.st_size, "mode": _go_mode(info.st_mode), "mtime": times.rfc3339(info.st_mtime_ns),
         "linkTarget": target})
@@ -292,7 +297,7 @@ def _extract(
     no_overwrite_kind: bool,
     owner: tuple[int, int] | None,
 ) -> None:
-    name = os.path.normpath("/" + entry.name).strip("/")
+    name = clean(entry.name).strip("/")
     if not name:
         return
     if ".." in entry.name.split("/"):
@@ -329,7 +334,7 @@ def _extract(
         elif entry.issym():
             os.symlink(entry.linkname, base, dir_fd=parent)
         elif entry.islnk():
-            target = f"{spot.path.rstrip('/')}/{os.path.normpath('/' + entry.linkname).strip('/')}"
+            target = f"{spot.path.rstrip('/')}/{clean(entry.linkname).strip('/')}"
             folder = spot.root.open_folder(_split(target)[0])
             try:
                 os.link(_split(target)[1], base, src_dir_fd=folder, dst_dir_fd=parent, follow_symlinks=False)

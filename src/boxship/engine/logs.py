@@ -112,10 +112,15 @@ class LogFile:
             self._put("".join(parts).encode())
 
     def _put(self, data: bytes) -> None:
-        if self._max_size and self._size and self._size + len(data) > self._max_size:
-            self._rotate()
-        write_all(self._fd, data)
-        self._size += len(data)
+        if self._max_size and self._size + len(data) > self._max_size:
+            for line in data.splitlines(keepends=True):
+                if self._size and self._size + len(line) > self._max_size:
+                    self._rotate()
+                write_all(self._fd, line)
+                self._size += len(line)
+        else:
+            write_all(self._fd, data)
+            self._size += len(data)
         self._wake()
 
     def _rotate(self) -> None:

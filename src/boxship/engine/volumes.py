@@ -140,7 +140,7 @@ def parse_bind(text: str) -> dict[str, Any]:
         source, destination, mode = parts[0], parts[1], parts[2] if len(parts) == 3 else ""
     if not destination.startswith("/"):
         raise InvalidArgument(f"invalid volume specification: '{text}': invalid mount config: mount path must be absolute")
-    destination = os.path.normpath(destination)
+    destination = os.path.normpath("/" + destination.lstrip("/"))
     if destination == "/":
         raise InvalidArgument(f"invalid volume specification: '{text}': invalid mount config: destination can't be '/'")
     words = mode.split(",") if mode else []
@@ -168,7 +168,7 @@ def parse_mount(mount: dict[str, Any]) -> dict[str, Any]:
     if not target.startswith("/"):
         raise InvalidArgument(
             f"invalid mount config for type \"{kind}\": invalid mount path: '{target}' mount path must be absolute")
-    destination = os.path.normpath(target)
+    destination = os.path.normpath("/" + target.lstrip("/"))
     if destination == "/":
         raise InvalidArgument(f'invalid mount config for type "{kind}": invalid specification: destination can\'t be \'/\'')
     if kind == "bind":

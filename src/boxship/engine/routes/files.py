@@ -89,7 +89,7 @@ async def get_archive(engine: Any, request: web.Request, name: str) -> web.Strea
     def work(put: Callable[[bytes], None]) -> None:
         with opener() as spot:
             base = os.path.basename(spot.path.rstrip("/")) or "."
-            archive.write_tar(spot, put, base=os.path.basename(os.path.normpath("/" + path)) or base)
+            archive.write_tar(spot, put, base=os.path.basename(archive.clean(path)) or base)
 
     await produced(work, stream.send)
     return await stream.end()
