@@ -50,8 +50,10 @@ def _plugins(services: Containerd, metadata: Metadata) -> list[Any]:
               for name, driver in metadata.drivers.items()]
     found += [
         plugin("content", "content"),
+        plugin("differ", "walking", platforms=[host]),
         plugin("event", "exchange"),
         plugin("gc", "scheduler"),
+        plugin("lease", "manager"),
         plugin("metadata", "bolt"),
         plugin("io.containerd.runtime.v2", "task", platforms=[host], exports={"log-uri-schemes": "fifo,binary,file"}),
         plugin("streaming", "manager"),
