@@ -411,7 +411,7 @@ def test_info_version_df_events(docker: Docker, sleeper: str) -> None:
     docker("exec", sleeper, "true")
     time.sleep(1.1)  # the client's until is in whole seconds
     events = docker("events", "--since", "1m", "--until", "0s", "--filter", f"container={sleeper}", "--format", "{{.Action}}").split("\n")
-    assert {"create", "start", "exec_create: true", "exec_start: true"} <= set(events)
+    assert {"create", "start", "exec_create: true ", "exec_start: true "} <= set(events)
 
 
 # the engine's death

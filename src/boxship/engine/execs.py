@@ -68,6 +68,11 @@ class Exec:
         }
 
 
+def _said(words: list[str]) -> str:
+    """A command in an event: the program, a space, the arguments."""
+    return f"{words[0]} {' '.join(words[1:])}"
+
+
 def _base64(data: bytes) -> str:
     import base64
 
@@ -98,7 +103,7 @@ class Execs:
         made = Exec(self._core, container, config, detach_keys)
         self._by_id[made.id] = made
         container.execs[made.id] = made
-        self._core.announce(container, f"exec_create: {' '.join(config['Cmd'])}", execID=made.id)
+        self._core.announce(container, f"exec_create: {_said(config['Cmd'])}", execID=made.id)
         return made
 
     @staticmethod
@@ -145,7 +150,7 @@ class Execs:
         found.streams.started.set()
         found.pid = answer.pid
         found.running = found.exit_code is None
-        core.announce(container, f"exec_start: {' '.join(found.config['Cmd'])}", execID=found.id)
+        core.announce(container, f"exec_start: {_said(found.config['Cmd'])}", execID=found.id)
 
     async def _process(self, found: Exec, size: list[int] | None) -> dict[str, Any]:
         container, config = found.container, found.config
