@@ -1,0 +1,75 @@
+"""All children of the shim: containers' processes, which come to it when the runtime that made them ends, commands, loggers.
+
+Runs in: the shim, which is a subreaper. Spec: wait(2), prctl(2) PR_SET_CHILD_SUBREAPER.
+
+A process can be over before the shim learns that it is a container's: its number is in a file of the command that made it. So
+while a command is under way every end is kept, also those of strangers.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from boxship.kit.loop import Later
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from boxship.api.oci_runtime.runtime import Command
+    from boxship.kit.loop import Inbox
+
+_SIGCHLD = 17
+
+
+class Children:
+    """Ends of children, each with its time."""
+
+    def __init__(self, inbox: Inbox) -> None:
+        self._waiting: dict[int, Later] = {}
+        self._strangers: dict[int, tuple[int, int]] = {}
+        self._commands = 0
+        inbox.on(_SIGCHLD, self._reap)
+
+    def end(self, pid: int) -> Later:
+        """(wait status, time in ns) of a child, when it has ended."""
+        later = self._waiting.get(pid)
+        if later is None:
+            later = Later()
+            if pid in self._strangers:
+                later.set(self._strangers.pop(pid))
+            else:
+                self._waiting[pid] = later
+        return later
+
+    def carry_out(self, command: Command) -> Generator[Later, object, bytes]:
+        """A step: wait for the command. Returns what it printed; raises BoxshipError."""
+        self._commands += 1
+        try:
+            ended = yield self.end(command.pid)
+            assert isinstance(ended, tuple)
+            return command.finish(ended[0])
+        finally:
+            self._commands -= 1
+
+    def forget(self) -> None:
+        """Throw away the ends of strangers when no command can explain them any more."""
+        if not self._commands:
+            self._strangers.clear()
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if pid == 0:
+                break
+            end = (status, time.time_ns())
+            later = self._waiting.pop(pid, None)
+            if later is not None:
+                later.set(end)
+            else:
+                self._strangers[pid] = end
+        self.forget()

@@ -1,0 +1,379 @@
+"""The command line of `containerd-shim-boxship-v1`: `start`, `delete`, `-v`, `-info`.
+
+Runs in: a process that the spawner forked for one call; with `start` it becomes the shim, after the answer.
+Spec: containerd's runtime v2, 1.6 to 2.4. Flags that are not known are passed over: newer versions add some.
+
+What comes in on standard input: the options' Any, or BootstrapParams since containerd 2.3. What goes out: the address as text;
+JSON for a containerd that says how new a shim may be (MAX_SHIM_VERSION, since 1.7); BootstrapResult for one that sent
+BootstrapParams.
+containerd takes standard output and error together for the answer, so nothing else is written there.
+"""
+
+from __future__ import annotations
+
+import _socket
+import os
+
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import DecodeError
+
+from boxship.api.oci_runtime.runtime import Runtime, execute
+from boxship.api.task import pb
+from boxship.kit import failpoint
+from boxship.kit.errors import BoxshipError, InvalidArgument
+from boxship.kit.files import write_all, write_atomic
+from boxship.oci import text
+from boxship.shim import bundle as bundles
+from boxship.shim import main as shim
+from boxship.shim.bundle import Options
+from boxship.shim.log import Log
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+    from boxship.api.oci_runtime.runtime import Carrier
+
+VERSION = "0.1.0"
+NAME = "io.containerd.boxship.v1"
+GROUPS = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")
+_VALUES = ("namespace", "address", "publish-binary", "id", "bundle", "socket")
+_SWITCHES = ("debug", "v", "info", "version")
+_TASK_VERSION = 3
+_DELETE_S = 30.0
+_KILLED = 128 + 9
+_INPUT_MAX = 4 << 20
+_OOM_ADJ_MAX = 1000
+
+
+class Flags:
+    """The command line, read."""
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        """Raises InvalidArgument when a value is missing."""
+        self.values = dict.fromkeys(_VALUES, "")
+        self.switches: set[str] = set()
+        self.action = ""
+        rest = list(argv[1:])
+        while rest:
+            word = rest.pop(0)
+            if not word.startswith("-"):
+                self.action = word
+                continue
+            name, equals, value = word.lstrip("-").partition("=")
+            if name in _SWITCHES:
+                if value.lower() not in ("false", "0", "f"):
+                    self.switches.add(name)
+            elif name in _VALUES:
+                if not equals:
+                    if not rest:
+                        raise InvalidArgument(f"flag needs an argument: -{name}")
+                    value = rest.pop(0)
+                self.values[name] = value
+            elif not equals and len(rest) > 1 and not rest[0].startswith("-"):
+                rest.pop(0)  # a flag of a newer version, with its value: the last word is the action
+
+
+class Caller:
+    """Who asks: what containerd started, or the daemon.
+
+    Attributes:
+        stdio: its standard streams; borrowed.
+        cwd: a descriptor of its folder, the bundle; borrowed.
+        pid: the process, 0 where it is not known.
+    """
+
+    def __init__(
+        self, argv: Sequence[str], environ: Mapping[str, str], stdio: Sequence[int], cwd: int, pid: int = 0,
+    ) -> None:
+        self.argv = argv
+        self.environ = environ
+        self.stdio = stdio
+        self.cwd = cwd
+        self.pid = pid
+
+
+class Answered:
+    """What a call came to: its exit code, and (after a `start` that made one) the shim that this process is to become."""
+
+    def __init__(self, code: int, becomes: Start | None = None) -> None:
+        self.code = code
+        self.becomes = becomes
+
+
+def answer(caller: Caller, own_runtime: Carrier | None) -> Answered:
+    """Do what was asked and write the answer. An error is a text on standard error and the exit code 1."""
+    try:
+        flags = Flags(caller.argv)
+        if "v" in flags.switches or "version" in flags.switches:
+            write_all(caller.stdio[1], _version(caller.argv).encode())
+            return Answered(0)
+        if "info" in flags.switches:
+            write_all(caller.stdio[1], _info(own_runtime).SerializeToString())
+            return Answered(0)
+        if not flags.values["namespace"]:
+            raise InvalidArgument("shim namespace cannot be empty")
+        if flags.action == "start":
+            start = Start(caller, flags)
+            write_all(caller.stdio[1], start.reply)
+            return Answered(0, start if start.listener is not None else None)
+        if flags.action == "delete":
+            write_all(caller.stdio[1], Deletion(caller, flags, own_runtime).response.SerializeToString())
+            return Answered(0)
+        raise InvalidArgument(f"unknown command {flags.action!r}")
+    except (BoxshipError, OSError) as error:
+        name = os.path.basename(caller.argv[0]) if caller.argv else "shim"
+        detail = str(error) if isinstance(error, BoxshipError) else f"{error.filename or ''}: {(error.strerror or '').lower()}"
+        write_all(caller.stdio[2], f"{name}: {detail}\n".encode(errors="replace"))
+        return Answered(1)
+
+
+def _version(argv: Sequence[str]) -> str:
+    name = argv[0] if argv else "containerd-shim-boxship-v1"
+    return f"{name}:\n  Version:  {VERSION}\n  Revision: v{VERSION}\n\n"
+
+
+def _info(own_runtime: Carrier | None) -> Any:
+    from boxship.api.any import FEATURES
+
+    info = pb.types.RuntimeInfo(name=NAME)
+    info.version.version = VERSION
+    command = Runtime(bundles.OWN_RUNTIME, "/nonexistent", "/dev/null", carrier=own_runtime or execute)._begin(["features"])
+    features = command.finish(os.waitpid(command.pid, 0)[1])
+    info.features.CopyFrom(AnyMessage(type_url=FEATURES, value=features))
+    return info
+
+
+def _read_all(fd: int) -> bytes:
+    parts = []
+    size = 0
+    while chunk := os.read(fd, 65536):
+        size += len(chunk)
+        if size > _INPUT_MAX:
+            raise InvalidArgument("standard input is too long")
+        parts.append(chunk)
+    return b"".join(parts)
+
+
+# --- start ----------------------------------------------------------------------------------------------------------
+
+
+class Start:
+    """`start`: a new shim, or the address of the one that has the container's group.
+
+    Attributes:
+        reply: for standard output.
+        listener: of the new shim, or None.
+    """
+
+    def __init__(self, caller: Caller, flags: Flags) -> None:
+        self._environ = dict(caller.environ)
+        self.namespace = flags.values["namespace"]
+        self.id = flags.values["id"]
+        if not self.id:
+            raise InvalidArgument("shim id cannot be empty")
+        self.bundle = os.readlink(f"/proc/self/fd/{caller.cwd}")
+        self._debug = "debug" in flags.switches
+        self._address = flags.values["address"] or self._environ.get("GRPC_ADDRESS", "")
+        self._publish_binary = flags.values["publish-binary"]
+        self._caller = caller.pid
+        given = _read_all(caller.stdio[0])
+        params = bootstrap_params(given, self.id, self.namespace)
+        self._options = _options(given, params)
+        folder = ""
+        if params is not None:
+            self._environ.setdefault("TTRPC_ADDRESS", params.containerd_ttrpc_address)
+            self._address = self._address or params.containerd_grpc_address
+            self._publish_binary = self._publish_binary or params.containerd_binary
+            self._debug = self._debug or params.log_level < 0
+            folder = params.socket_dir
+        group = _group(self.bundle) or self.id
+        self.listener, self.path = _listen(folder or _socket_folder(), self._address, self.namespace, group)
+        address = f"unix://{self.path}"
+        write_atomic(f"{self.bundle}/address", address.encode())
+        failpoint.hit("shim.start.listens")
+        self.reply = reply(address, params is not None, self._environ.get("MAX_SHIM_VERSION", ""))
+
+    def become(self, own_runtime: Carrier | None) -> None:
+        """Be the shim; returns when it has ended."""
+        assert self.listener is not None
+        os.environ.clear()
+        os.environ.update(self._environ)
+        os.setsid()
+        os.chdir("/")
+        log = Log(f"{self.bundle}/log", debug=self._debug)
+        _leave_streams()
+        _adjust_oom(self._caller)
+        if self._options.shim_cgroup:
+            try:
+                _enter_cgroup(self._options.shim_cgroup)
+            except (BoxshipError, OSError) as error:
+                log.write("error", f"failed to add shim to cgroup {self._options.shim_cgroup}: {error}")
+        shim.run(self.listener, self.path, log, self.namespace, self._environ.get("TTRPC_ADDRESS", ""),
+                 (self._publish_binary, self._address), own_runtime)
+
+
+def bootstrap_params(given: bytes, id: str, namespace: str) -> Any | None:  # noqa: A002
+    """The message BootstrapParams in what `start` reads; None when it is the options' Any, or nothing."""
+    try:
+        params = pb.bootstrap.BootstrapParams.FromString(given)
+    except DecodeError:
+        return None
+    return params if params.instance_id == id and params.namespace == namespace else None
+
+
+def _options(given: bytes, params: Any | None) -> Options:
+    if params is not None:
+        for extension in params.extensions:
+            if extension.value.type_url.endswith("runc.v1.Options"):
+                return Options.unpack(extension.value)
+        return Options()
+    try:
+        return Options.unpack(AnyMessage.FromString(given))
+    except DecodeError:
+        return Options()  # another kind of options, or a form that comes later: Create brings them again
+
+
+def reply(address: str, binary: bool, newest: str) -> bytes:
+    """What `start` prints: `binary` for one who sent BootstrapParams; `newest` is MAX_SHIM_VERSION, or ""."""
+    if binary:
+        message = pb.bootstrap.BootstrapResult(version=_TASK_VERSION, address=address, protocol="ttrpc")
+        return bytes(message.SerializeToString())
+    if newest.isdigit() and int(newest) >= 2:
+        version = min(_TASK_VERSION, int(newest))
+        return text.dumps({"version": version, "address": address, "protocol": "ttrpc"}).encode()
+    return address.encode()
+
+
+def _group(bundle: str) -> str:
+    annotations = bundles.load_config(bundle).get("annotations")
+    if isinstance(annotations, dict):
+        for name in GROUPS:
+            if annotations.get(name):
+                return str(annotations[name])
+    return ""
+
+
+def _socket_folder() -> str:
+    folder = os.environ.get("XDG_RUNTIME_DIR", "")
+    return f"{folder}/boxship/s" if os.geteuid() != 0 and folder else "/run/containerd/s"
+
+
+def _listen(folder: str, address: str, namespace: str, group: str) -> tuple[_socket.socket | None, str]:
+    """A socket that listens, and its path; None when a shim listens there already. Raises OSError."""
+    import fcntl
+    from _sha256 import sha256  # type: ignore[import-not-found]
+
+    os.makedirs(folder, 0o700, exist_ok=True)
+    path = f"{folder}/{sha256(os.path.join(address, namespace, group).encode()).hexdigest()}"
+    door = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # Two containers of one pod may be started at once.
+        fcntl.flock(door, fcntl.LOCK_EX)
+        if os.path.lexists(path):
+            if _is_served(path):
+                return None, path
+            os.unlink(path)
+        listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
+        before = os.umask(0o177)
+        try:
+            listener.bind(path)
+        finally:
+            os.umask(before)
+        listener.listen(128)
+        return listener, path
+    finally:
+        os.close(door)
+
+
+def _is_served(path: str) -> bool:
+    probe = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
+    try:
+        probe.connect(path)
+    except OSError:
+        return False
+    finally:
+        probe.close()
+    return True
+
+
+def _leave_streams() -> None:
+    null = os.open("/dev/null", os.O_RDWR)
+    for fd in range(3):
+        os.dup2(null, fd)
+    if null > 2:
+        os.close(null)
+
+
+def _adjust_oom(caller: int) -> None:
+    """A little dearer to the kernel than the daemon, as containerd's shim: when memory is short the daemon goes last."""
+    try:
+        with open(f"/proc/{caller or 'self'}/oom_score_adj") as file:
+            wanted = min(int(file.read()) + 1, _OOM_ADJ_MAX)
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write(str(wanted))
+    except OSError:
+        pass  # lowering it needs CAP_SYS_RESOURCE
+
+
+def _enter_cgroup(path: str) -> None:
+    from boxship.linux.cgroups import Cgroup
+    from boxship.linux.cgroups.limits import Limits
+
+    group = Cgroup.plan(path, "", systemd=False, rootless=os.geteuid() != 0)
+    if group is not None:
+        if not group.exists():
+            group.create(Limits())
+        group.add(os.getpid())
+
+
+# --- delete ---------------------------------------------------------------------------------------------------------
+
+
+class Deletion:
+    """`delete`: what a dead shim left is removed, and how its container ended is told. May be repeated."""
+
+    def __init__(self, caller: Caller, flags: Flags, own_runtime: Carrier | None) -> None:
+        container = flags.values["id"]
+        bundle = os.readlink(f"/proc/self/fd/{caller.cwd}")
+        if flags.values["bundle"]:
+            bundle = os.path.join(bundle, flags.values["bundle"])
+        elif os.path.basename(bundle) != container:
+            bundle = os.path.join(os.path.dirname(bundle), container)
+        options = Options.load(bundle)
+        os.environ.clear()
+        os.environ.update(caller.environ)
+        carrier = execute if options.binary != bundles.OWN_RUNTIME or own_runtime is None else own_runtime
+        log = f"{bundle}/log.json" if os.path.isdir(bundle) else "/dev/null"
+        runtime = Runtime(options.binary, options.root_of(flags.values["namespace"]), log,
+                          systemd_cgroup=options.systemd_cgroup, carrier=carrier)
+        command = runtime.delete(container, force=True)
+        try:
+            command.finish(os.waitpid(command.pid, 0)[1])
+        except BoxshipError as error:
+            write_all(caller.stdio[2], f"failed to remove runc container: {error}\n".encode())
+        bundles.unmount_rootfs(bundle)
+        self._remove_socket(bundle)
+        self.response = pb.task.DeleteResponse()
+        ended = bundles.read_exit(bundle)
+        if ended is not None:
+            self.response.pid, self.response.exit_status, at_ns = ended
+            self.response.exited_at.FromNanoseconds(at_ns)
+            return
+        try:
+            self.response.pid = bundles.read_pid(f"{bundle}/init.pid")
+        except BoxshipError:
+            pass  # it had not come that far
+        self.response.exit_status = _KILLED
+        self.response.exited_at.GetCurrentTime()
+
+    def _remove_socket(self, bundle: str) -> None:
+        """The socket of a shim that is dead; one that serves is another container's of the pod."""
+        try:
+            with open(f"{bundle}/address") as file:
+                path = file.read().strip().removeprefix("unix://")
+        except OSError:
+            return
+        if os.path.lexists(path) and not _is_served(path):
+            os.unlink(path)

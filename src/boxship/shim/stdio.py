@@ -1,0 +1,140 @@
+"""Standard streams of a container's process, without a terminal: what the client named is what the process gets.
+
+Runs in: the shim.
+Spec: containerd's runtime v2, "IO": no scheme or `fifo` a named pipe made by the client, `file` a file that is appended to,
+`binary` a program that is given the streams (`boxship.shim.logger`); nothing named is /dev/null.
+
+The process holds the client's own FIFO, not a pipe that the shim would have to copy from. The shim keeps the other ends, so
+that nothing is lost and nobody gets SIGPIPE while the client is away: what is written then waits in the FIFO until somebody
+reads it, up to the task's deletion, also when the process is over; a reader sees the end of file as soon as no process of the
+container can write any more.
+
+Not here: terminals (`boxship.shim.console`).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from boxship.kit.errors import InvalidArgument, NotFound, Unsupported
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from boxship.shim.logger import Logger
+
+
+def split_uri(uri: str) -> tuple[str, str, str]:
+    """(scheme, path, query) of `scheme://path?query`; no scheme for a plain path."""
+    scheme, colon, rest = uri.partition("://")
+    if not colon:
+        return "", uri, ""
+    path, _, query = rest.partition("?")
+    return scheme, path, query
+
+
+def append_to(path: str) -> int:
+    """A descriptor that appends to a file, which is made with its folder where it is missing. Raises OSError."""
+    os.makedirs(os.path.dirname(path) or "/", exist_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+
+class Stdio:
+    """The three streams of one process.
+
+    Attributes:
+        fds: what the runtime is given, until `handed_over`.
+        logger: the program that takes the output, or None.
+    """
+
+    def __init__(self, logger: Logger | None = None, owner: tuple[int, int] = (0, 0)) -> None:
+        """`owner`: uid and gid for what is made here, where the container's root is another user."""
+        self.fds: list[int] = []
+        self.logger = logger
+        self._kept: list[int] = []
+        self._stdin_writer = -1
+        self._owner = owner
+
+    def open(self, stdin: str, stdout: str, stderr: str) -> None:
+        """Raises NotFound, InvalidArgument, Unsupported, OSError; `close` then, too."""
+        self.fds.append(self._input(stdin))
+        if self.logger is not None:
+            self.fds += [os.dup(self.logger.stdout), os.dup(self.logger.stderr)]
+            self.logger.handed_over()
+        elif split_uri(stdout)[0] == "file":
+            self.fds.append(append_to(split_uri(stdout)[1]))
+            self.fds.append(os.dup(self.fds[1]))
+        else:
+            self.fds += [self._output(stdout), self._output(stderr)]
+        if self._owner != (0, 0):
+            for fd in self.fds:
+                if stat.S_ISFIFO(os.fstat(fd).st_mode):
+                    os.fchown(fd, *self._owner)
+
+    def _input(self, uri: str) -> int:
+        path = fifo_path(uri)
+        if not path:
+            return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        if not is_fifo(path):
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        # The client may come and go: only CloseIO lets the process read an end of file.
+        self._stdin_writer = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.set_blocking(reader, True)
+        return reader
+
+    def _output(self, uri: str) -> int:
+        path = fifo_path(uri)
+        if not path:
+            return os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+        if not is_fifo(path):
+            return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        # A reader first: then opening it for writing waits for nobody.
+        self._kept.append(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+        writer = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.set_blocking(writer, True)
+        return writer
+
+    def handed_over(self) -> None:
+        """The process has them: from now on only it and its children can write."""
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+
+    def close_stdin(self) -> None:
+        """The process reads the end of its input once the client has closed its end."""
+        if self._stdin_writer >= 0:
+            os.close(self._stdin_writer)
+            self._stdin_writer = -1
+
+    def process_ended(self) -> None:
+        """Nothing to do: others may hold the streams, and the client may still read."""
+        self.close_stdin()
+
+    def close(self) -> None:
+        """Release everything; the logger is told to end."""
+        self.handed_over()
+        self.close_stdin()
+        for fd in self._kept:
+            os.close(fd)
+        self._kept = []
+        if self.logger is not None:
+            self.logger.close()
+
+
+def fifo_path(uri: str) -> str:
+    """The path that a stream's URI names, "" for none. Raises InvalidArgument, Unsupported."""
+    scheme, path, _ = split_uri(uri)
+    if scheme not in ("", "fifo"):
+        raise Unsupported(f"unknown STDIO scheme {scheme}")
+    if path and not path.startswith("/"):
+        raise InvalidArgument(f"path of a standard stream is not absolute: {path}")
+    return path
+
+
+def is_fifo(path: str) -> bool:
+    """Raises NotFound."""
+    try:
+        return stat.S_ISFIFO(os.stat(path).st_mode)
+    except FileNotFoundError:
+        raise NotFound(f"containerd-shim: opening file {path!r}: no such file or directory") from None
