@@ -1,9 +1,10 @@
-"""Build step of the wheel: compiles the two C programs and the one C extension.
+"""Build step of the wheel: compiles the three C programs and the one C extension.
 
 * ``boxship/linux/_sys.abi3.so``: the system calls that Python lacks.
 * ``boxship/runtime/_init``: the program that a container's first process runs until the user's own (see
   ``boxship/linux/remote.py``); static and free of libc, because it runs inside the container.
 * ``boxrun``: the native entry of the runtime's command line, put into the scripts folder as it is.
+* ``containerd-shim-boxship-v1``: the native entry of the shim's, the same way.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 ROOT = Path(__file__).parent
+SHIM = "containerd-shim-boxship-v1"
 WARN = ["-Wall", "-Wextra", "-Werror=implicit-function-declaration", "-O2"]
 
 
@@ -25,7 +27,8 @@ def compile_native(out: Path) -> dict[str, Path]:
     out.mkdir(parents=True, exist_ok=True)
     cc = shlex.split(os.environ.get("CC", "gcc"))
     native = ROOT / "src" / "native"
-    built = {"_sys.abi3.so": out / "_sys.abi3.so", "_init": out / "_init", "boxrun": out / "boxrun"}
+    built = {"_sys.abi3.so": out / "_sys.abi3.so", "_init": out / "_init", "boxrun": out / "boxrun",
+             SHIM: out / SHIM}
     include = sysconfig.get_path("include")
     jobs = {
         "_sys.abi3.so": ["-shared", "-fPIC", f"-I{include}", str(native / "sys.c"), str(native / "program.c")],
@@ -35,6 +38,7 @@ def compile_native(out: Path) -> dict[str, Path]:
             "-Wl,-z,noexecstack", "-Wl,-z,norelro", "-s", str(native / "init.c"),
         ],
         "boxrun": ["-static", "-s", str(native / "boxrun.c")],
+        SHIM: ["-static", "-s", str(native / "shim.c")],
     }
     for name, args in jobs.items():
         subprocess.run([*cc, *WARN, *args, "-o", str(built[name])], check=True)
@@ -59,6 +63,7 @@ class NativeBuild(BuildHookInterface):  # type: ignore[type-arg]
         else:
             build_data["force_include"][str(built["_sys.abi3.so"])] = "boxship/linux/_sys.abi3.so"
             build_data["force_include"][str(built["_init"])] = "boxship/runtime/_init"
-        build_data["shared_scripts"][str(built["boxrun"])] = "boxrun"
+        for name in ("boxrun", SHIM):
+            build_data["shared_scripts"][str(built[name])] = name
         build_data["pure_python"] = False
         build_data["infer_tag"] = True

@@ -13,7 +13,7 @@ that they inherit its limits, session, cgroups and place in the tree of processe
                what it does (NOBODY, WAITING, BUSY, LEAVING), and how many commands it has begun (modulo 256)
 
 Invariants: a worker acts only for a caller with its own user, capabilities, confinement and namespaces (`_is_same`),
-and only with code that is still what is installed (`_stale`). Nothing of a command outlives it in the worker.
+and only with code that is still what is installed (`is_stale`). Nothing of a command outlives it in the worker.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ def serve(path: str) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return
-    rehearsal = _warm_up()
+    rehearsal = warm_up()
     listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0)
     if os.path.lexists(path):
         os.unlink(path)
@@ -258,7 +258,7 @@ def serve(path: str) -> None:
         os.unlink(path + ".lock")
 
 
-def _warm_up() -> Rehearsal:
+def warm_up() -> Rehearsal:
     """Import and prepare what commands need, then freeze the heap: pages stay shared with the workers."""
     import fcntl  # noqa: F401
     import gc
@@ -308,7 +308,7 @@ def _watch_files() -> None:
     _changes.register(fd, select.POLLIN)
 
 
-def _stale() -> bool:
+def is_stale() -> bool:
     """Whether the package was upgraded or edited since. Nobody reads the event, so that every worker sees it."""
     return _changes is not None and bool(_changes.poll(0))
 
@@ -450,7 +450,7 @@ def _work(listener: _socket.socket, place: _Place, server: int) -> int:
         place.take()
         _die_with(0)
         conn = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd)
-        if _stale():
+        if is_stale():
             place.tell(b"s")
             return 0
         if changed.poll(0):
