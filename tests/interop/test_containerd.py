@@ -1,4 +1,4 @@
-"""containerd with its own shim (containerd-shim-runc-v2), told to use the runtime under test; driven by ctr.
+"""containerd with its own shim (containerd-shim-runc-v2), told to use the runtime under test, and with ours; driven by ctr.
 
 What the shim asks of a runtime: `create --bundle --pid-file`, `start`, `exec --process --detach`, `kill`, `delete`,
 `pause`, `resume`, `ps --format json`, `update`, `checkpoint`, `restore`, and error texts that it compares word by word.
@@ -7,6 +7,7 @@ What the shim asks of a runtime: `create --bundle --pid-file`, `start`, `exec --
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,13 @@ class Ctr:
     stage: Stage
     runtime: Path
     socket: Path
+    shim: str
+
+    @property
+    def runs(self) -> list[str | Path]:
+        """The flags that choose shim and runtime."""
+        own = self.shim == "io.containerd.boxship.v1" and self.runtime.name == "boxrun"
+        return ["--runtime", self.shim, *([] if own else ["--runc-binary", self.runtime])]
 
     def __call__(self, *words: str | Path, **options: object) -> str:
         """What it prints; a failure fails the test."""
@@ -36,7 +44,7 @@ class Ctr:
 
     def container(self, *words: str | Path, **options: object) -> str:
         """`ctr run` with the runtime under test."""
-        return self("run", "--runtime", "io.containerd.runc.v2", "--runc-binary", self.runtime, *words, **options)
+        return self("run", *self.runs, *words, **options)
 
     def status(self, name: str) -> str:
         """What the task is: RUNNING, PAUSED, STOPPED or nothing."""
@@ -44,15 +52,17 @@ class Ctr:
         return found[1] if found else ""
 
 
-@pytest.fixture(scope="module")
-def ctr(stage: Stage, runtime: Path, archive: Path) -> Iterator[Ctr]:
+@pytest.fixture(scope="module", params=["io.containerd.runc.v2", "io.containerd.boxship.v1"])
+def ctr(stage: Stage, runtime: Path, archive: Path, request: pytest.FixtureRequest) -> Iterator[Ctr]:
     needs("containerd", "ctr")
-    directory = stage.directory
+    directory = stage.directory / request.param
+    directory.mkdir()
     config = directory / "containerd.toml"
     config.write_text('version = 2\ndisabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]\n')
-    ctr = Ctr(stage, runtime, directory / "containerd.sock")
+    ctr = Ctr(stage, runtime, directory / "containerd.sock", request.param)
     daemon = stage.start("containerd", "--config", config, "--address", ctr.socket, "--root", directory / "root",
-                         "--state", directory / "state", log=directory / "containerd.log")
+                         "--state", directory / "state", log=directory / "containerd.log",
+                         env={"PATH": f"{Path(sys.executable).parent}:{stage.search}"})
     stage.eventually(lambda: ctr.code("version") == 0, why=f"containerd answering ({directory}/containerd.log)")
     ctr("image", "import", archive)
     yield ctr
@@ -75,13 +85,11 @@ def test_run_gives_the_command_its_output(ctr: Ctr, name: str) -> None:
 
 @pytest.mark.parametrize("code", [0, 3, 255])
 def test_the_exit_code_comes_back(ctr: Ctr, name: str, code: int) -> None:
-    words: list[str | Path] = ["run", "--runtime", "io.containerd.runc.v2", "--runc-binary", ctr.runtime, "--rm", NAME, name]
-    assert ctr.code(*words, "sh", "-c", f"exit {code}") == code
+    assert ctr.code("run", *ctr.runs, "--rm", NAME, name, "sh", "-c", f"exit {code}") == code
 
 
 def test_a_missing_program_is_an_error_that_names_it(ctr: Ctr, name: str) -> None:
-    done = ctr.stage.run("ctr", "--address", ctr.socket, "run", "--runtime", "io.containerd.runc.v2", "--runc-binary",
-                         ctr.runtime, "--rm", NAME, name, "/nothing/here", check=False)
+    done = ctr.stage.run("ctr", "--address", ctr.socket, "run", *ctr.runs, "--rm", NAME, name, "/nothing/here", check=False)
     assert done.returncode != 0
     assert "OCI runtime create failed" in done.stderr and "/nothing/here" in done.stderr
     assert not ctr.status(name)
@@ -102,8 +110,7 @@ def test_exec_on_a_terminal(ctr: Ctr, sleeper: str) -> None:
 
 
 def test_run_on_a_terminal(ctr: Ctr, name: str) -> None:
-    code, screen = ctr.stage.typing("ctr", "--address", ctr.socket, "run", "--runtime", "io.containerd.runc.v2", "--runc-binary",
-                                    ctr.runtime, "--rm", "--tty", NAME, name, "sh", types="tty; echo $((6*7)); exit 5\n", until="/ #")
+    code, screen = ctr.stage.typing("ctr", "--address", ctr.socket, "run", *ctr.runs, "--rm", "--tty", NAME, name, "sh", types="tty; echo $((6*7)); exit 5\n", until="/ #")
     assert code == 5
     assert "/dev/pts/0" in screen and "42" in screen
 
