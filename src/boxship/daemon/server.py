@@ -36,7 +36,7 @@ from boxship.api.containerd.services import Containerd
 from boxship.containerd import service
 from boxship.containerd.tasks.launch import Launcher, Programs
 from boxship.daemon import config as configuration
-from boxship.daemon import logs, metrics, systemd
+from boxship.daemon import logs, metrics, spawning, systemd
 from boxship.daemon.config import Config
 from boxship.kit import failpoint
 from boxship.kit.errors import AlreadyExists, BoxshipError
@@ -190,8 +190,13 @@ class Daemon:
 
     def _launchers(self) -> Callable[[str], Launcher]:
         address = self.config.containerd_socket
-        programs = Programs(address, address + ".ttrpc", publish_program(), debug=self.config.log.level == "debug")
-        return lambda runtime: programs
+        common = (address, address + ".ttrpc", program("boxshipd"), self.config.log.level == "debug")
+        programs: Launcher = Programs(*common)
+        own = programs
+        if os.path.exists(program(spawning.SHIM)):
+            own = spawning.Own(program(spawning.SHIM), os.path.join(self.config.state, "spawner", "socket"), *common)
+        names = {*self.config.runtimes.own, program(spawning.SHIM)}
+        return lambda runtime: own if runtime in names else programs
 
     async def _serve_grpc(self, containerd: Containerd, observer: Observer, listener: socket.socket | None) -> None:
         settings, path = self.config.containerd, self.config.containerd_socket
@@ -268,9 +273,9 @@ def _unlink(path: str) -> None:
         pass
 
 
-def publish_program() -> str:
-    """The program that shims publish events with: `boxshipd`, beside the interpreter that runs this."""
-    return os.path.join(os.path.dirname(sys.executable), "boxshipd")
+def program(name: str) -> str:
+    """The path of a program of this package, which lies beside the interpreter that runs this."""
+    return os.path.join(os.path.dirname(sys.executable), name)
 
 
 def serve(config: Config, reread: Callable[[], Config]) -> None:

@@ -148,27 +148,39 @@ class Programs:
         self._debug = debug
         self._takes_params: dict[str, bool] = {}
 
+    def binary(self, runtime: str) -> str:
+        """The program of a runtime. Raises InvalidArgument, NotFound."""
+        return find_binary(runtime)
+
     def _run(self, binary: str, bundle: Bundle, action: list[str], stdin: bytes, limit_s: float) -> bytes:
+        """What the program prints. Raises BoxshipError with what it says when it fails."""
         arguments = [binary, "-namespace", bundle.namespace, "-address", self._address,
                      "-publish-binary", self._publish_binary, "-id", bundle.id]
         if self._debug:
             arguments.append("-debug")
         environ = dict(os.environ, GOMAXPROCS="2", MAX_SHIM_VERSION="2", TTRPC_ADDRESS=self._ttrpc_address,
                        GRPC_ADDRESS=self._address, NAMESPACE=bundle.namespace)
+        name = os.path.basename(binary)
         try:
-            done = subprocess.run([*arguments, *action], cwd=bundle.path, env=environ, input=stdin, capture_output=True,
-                                  timeout=limit_s, check=False)
+            code, stdout, stderr = self.execute([*arguments, *action], bundle.path, environ, stdin, limit_s)
         except subprocess.TimeoutExpired:
-            raise BoxshipError(f"{os.path.basename(binary)} {action[-1]}: no answer within {limit_s:g} s") from None
+            raise BoxshipError(f"{name} {action[-1]}: no answer within {limit_s:g} s") from None
         except OSError as error:
             raise BoxshipError(f"{binary}: {(error.strerror or str(error)).lower()}") from None
-        if done.returncode != 0:
-            text = (done.stderr + done.stdout).decode(errors="replace").strip()
-            code = f"exit status {done.returncode}" if done.returncode > 0 else f"signal {-done.returncode}"
-            raise BoxshipError(f"{text}: {code}" if text else f"{os.path.basename(binary)} {action[-1]}: {code}")
-        if done.stderr.strip():
-            log.warning("%s: %s", os.path.basename(binary), done.stderr.decode(errors="replace").strip())
-        return done.stdout
+        if code != 0:
+            text = (stderr + stdout).decode(errors="replace").strip()
+            status = f"exit status {code}" if code > 0 else f"signal {-code}"
+            raise BoxshipError(f"{text}: {status}" if text else f"{name} {action[-1]}: {status}")
+        if stderr.strip():
+            log.warning("%s: %s", name, stderr.decode(errors="replace").strip())
+        return stdout
+
+    def execute(
+        self, argv: list[str], cwd: str, environ: dict[str, str], stdin: bytes, limit_s: float,
+    ) -> tuple[int, bytes, bytes]:
+        """Run a program to its end, in any thread: code, standard output and error. Raises OSError, subprocess.TimeoutExpired."""
+        done = subprocess.run(argv, cwd=cwd, env=environ, input=stdin, capture_output=True, timeout=limit_s, check=False)
+        return done.returncode, done.stdout, done.stderr
 
     def _params(self, launch: Launch) -> bytes:
         params = pb.bootstrap.BootstrapParams(
@@ -198,7 +210,7 @@ class Programs:
 
     async def start(self, launch: Launch) -> Endpoint:
         """Of Launcher. Keeps the path of the program in the bundle, for `delete`."""
-        binary = find_binary(launch.runtime)
+        binary = self.binary(launch.runtime)
         with open(launch.bundle.file("shim-binary-path"), "w") as file:
             file.write(binary)
         return parse_endpoint(await asyncio.to_thread(self._start, binary, launch))
@@ -209,7 +221,7 @@ class Programs:
             with open(launch.bundle.file("shim-binary-path")) as file:
                 binary = file.read().strip()
         except OSError:
-            binary = find_binary(launch.runtime)
+            binary = self.binary(launch.runtime)
         action = ["-bundle", launch.bundle.path, "delete"]
         reply = await asyncio.to_thread(self._run, binary, launch.bundle, action, b"", DELETE_TIMEOUT_S)
         try:
@@ -226,7 +238,7 @@ class Programs:
 
     async def info(self, runtime: str, options: Any | None) -> Any:
         """Of Launcher. Raises Unsupported for a shim that does not know `-info`."""
-        binary = find_binary(runtime)
+        binary = self.binary(runtime)
 
         def ask() -> bytes:
             given = options.SerializeToString() if options is not None else b""
