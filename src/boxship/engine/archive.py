@@ -297,11 +297,11 @@ def _extract(
     no_overwrite_kind: bool,
     owner: tuple[int, int] | None,
 ) -> None:
+    if ".." in entry.name.split("/"):
+        raise InvalidArgument(f"invalid archive: {entry.name} leads out of it")
     name = clean(entry.name).strip("/")
     if not name:
         return
-    if ".." in entry.name.split("/"):
-        raise InvalidArgument(f"invalid archive: {entry.name} leads out of it")
     path = f"{spot.path.rstrip('/')}/{name}"
     parent_path, base = _split(path)
     try:

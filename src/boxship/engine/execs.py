@@ -196,7 +196,7 @@ class Execs:
         except BoxshipError:
             pass  # gone with the container
 
-    async def attach(self, found: Exec, connection: Connection, subscriber: Any) -> None:
+    async def attach(self, found: Exec, connection: Connection, subscriber: Any, *, multiplexed: bool) -> None:
         """Serve a client at the process's streams until either is over."""
 
         async def end_stdin() -> None:
@@ -208,7 +208,7 @@ class Execs:
                 pass  # the process is over
 
         detached = await serve(
-            connection, found.streams, subscriber, stdin=found.config["AttachStdin"], multiplexed=not found.config["Tty"],
+            connection, found.streams, subscriber, stdin=found.config["AttachStdin"], multiplexed=multiplexed,
             detach=found.detach_keys, close_stdin=end_stdin)
         if detached:
             self._core.announce(found.container, "exec_detach", execID=found.id)

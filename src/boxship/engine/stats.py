@@ -154,7 +154,7 @@ def _networks(container: Container) -> dict[str, Any] | None:
                         "tx_bytes": values[8], "tx_packets": values[9], "tx_errors": values[10], "tx_dropped": values[11]}
     except OSError:
         return None
-    return found or None
+    return found
 
 
 def shown(container: Container, present: Sample, former: Sample) -> dict[str, Any]:

@@ -312,14 +312,16 @@ async def start_exec(engine: Any, request: web.Request, exec_id: str) -> web.Str
     config = found.config
     new = request[VERSION] >= (1, 42)
     subscriber = found.streams.subscribe(chosen(stdout=config["AttachStdout"], stderr=config["AttachStderr"]))
-    connection = hijack.hijack(request, hijack.MULTIPLEXED if not config["Tty"] and new else hijack.RAW)
+    # The request to start says how the client reads the stream, not the one that made the exec.
+    multiplexed = not options["Tty"]
+    connection = hijack.hijack(request, hijack.MULTIPLEXED if multiplexed and new else hijack.RAW)
     try:
         await whole(engine.execs.start(found, options["ConsoleSize"]))
     except BoxshipError as error:
         text = f"{error}\r\n".encode()
-        connection.write(text if config["Tty"] else hijack.frame(2 if config["AttachStderr"] else 1, text))
+        connection.write(text if not multiplexed else hijack.frame(2 if config["AttachStderr"] else 1, text))
     else:
-        await engine.execs.attach(found, connection, subscriber)
+        await engine.execs.attach(found, connection, subscriber, multiplexed=multiplexed)
     connection.close()
     return hijack.Done()
 
