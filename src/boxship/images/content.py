@@ -28,6 +28,7 @@ from boxship.kit import failpoint
 from boxship.kit.errors import (
     AlreadyExists,
     BoxshipError,
+    DataLoss,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
@@ -219,14 +220,15 @@ class Writer:
         self.started = status.started
         self._hash = digests.hasher(status.expected or "sha256:" + "0" * 64)
         self._algorithm = digests.split(status.expected)[0] if status.expected else "sha256"
-        self.offset = 0
-        self._read(status.offset)
-        os.lseek(fd, self.offset, os.SEEK_SET)
+        self.offset = os.lseek(fd, status.offset, os.SEEK_SET)
+        self._hashed = 0
+        """What was written by an earlier writer is hashed when the hash is needed first, and not on opening."""
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Append; returns the bytes written. Raises ResourceExhausted when the disk is full, and nothing is appended then."""
         if self._fd < 0:
             raise FailedPrecondition(f"ref {self.ref}: the writer is closed")
+        self._catch_up()
         try:
             failpoint.hit("content-write")
             write_all(self._fd, data if isinstance(data, bytes) else memoryview(data))  # type: ignore[arg-type]
@@ -236,6 +238,7 @@ class Writer:
             raise from_os_error(error, f"ingest {self.ref}: writing") from None
         self._hash.update(data)
         self.offset += len(data)
+        self._hashed = self.offset
         return len(data)
 
     def truncate(self, size: int) -> None:
@@ -246,12 +249,12 @@ class Writer:
             return
         os.ftruncate(self._fd, size)
         self._hash = hashlib.new(self._algorithm, usedforsecurity=False)
-        self.offset = 0
-        self._read(size)
-        os.lseek(self._fd, self.offset, os.SEEK_SET)
+        self._hashed = 0
+        self.offset = os.lseek(self._fd, size, os.SEEK_SET)
 
     def digest(self) -> str:
-        """Of what is written so far."""
+        """Of what is written so far; reads what an earlier writer wrote."""
+        self._catch_up()
         return f"{self._algorithm}:{self._hash.hexdigest()}"
 
     def status(self) -> Status:
@@ -272,8 +275,7 @@ class Writer:
         if expected and digests.split(expected)[0] != self._algorithm:
             self._algorithm = digests.split(expected)[0]
             self._hash = digests.hasher(expected)
-            whole, self.offset = self.offset, 0
-            self._read(whole)
+            self._hashed = 0
         digest = self.digest()
         if expected and expected != digest:
             raise FailedPrecondition(f"unexpected commit digest {digest}, expected {expected}: failed precondition")
@@ -309,13 +311,14 @@ class Writer:
         failpoint.hit("content-committed")
         _sync(folder)
 
-    def _read(self, size: int) -> None:
-        while self.offset < size:
-            chunk = os.pread(self._fd, min(_CHUNK, size - self.offset), self.offset)
+    def _catch_up(self) -> None:
+        """Hash what is not hashed yet. Raises DataLoss when the data are shorter than they were."""
+        while self._hashed < self.offset:
+            chunk = os.pread(self._fd, min(_CHUNK, self.offset - self._hashed), self._hashed)
             if not chunk:
-                break
+                raise DataLoss(f"ref {self.ref}: {self._hashed} bytes are left of {self.offset}")
             self._hash.update(chunk)
-            self.offset += len(chunk)
+            self._hashed += len(chunk)
 
 
 def _info(digest: str, status: os.stat_result) -> Info:

@@ -1,16 +1,11 @@
-"""Garbage collection: what nothing keeps goes away.
+"""Garbage collection: what nothing keeps goes away, and what was left by a killed process is found.
 
 Runs in: a worker thread of the daemon, woken from its event loop.
-Spec: containerd docs/garbage-collection.md.
+Spec: containerd docs/garbage-collection.md, its scheduler's configuration (plugins/gc/scheduler.go).
 
-    roots     leases and what they hold; images and their targets; containers and their snapshots; sandboxes;
-              content and snapshots with the label containerd.io/gc.root
-    edges     containerd.io/gc.ref.content[.NAME], containerd.io/gc.ref.snapshot.SNAPSHOTTER[/NAME], containerd.io/gc.ref.image…
-              on whatever has labels; a snapshot's parent; an ingest's expected content
-    time      containerd.io/gc.expire on leases and images: roots until then; ingests without a lease, a day
-
-Rows go in one transaction; then files and snapshots that no row names any more, each in a step of its own. A collection that is
-killed leaves such files and snapshots, and the next one, or `reconcile` at the start, takes them.
+The marking (boxship.containerd.metadata.graph) reads a snapshot of the database, so that nobody waits for it. Rows then go in one
+transaction, if nothing was written meanwhile; otherwise the marking is done again. Then go the files and snapshots that no row
+names, each in a step of its own. A collection that is killed leaves such files, which the next start takes.
 """
 
 from __future__ import annotations
@@ -18,321 +13,370 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import sqlite3
-from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from boxship.api.containerd import pb
-from boxship.containerd.metadata.database import Database, load, now
+from boxship.containerd.metadata.database import CONTENT, Database, now
+from boxship.containerd.metadata.graph import Garbage, Graph
+from boxship.containerd.metadata.publisher import Publish
+from boxship.containerd.metadata.snapshots import finish_commits
 from boxship.containerd.snapshots.driver import Driver
 from boxship.images.content import ContentStore
 from boxship.kit import failpoint
-from boxship.kit.errors import BoxshipError, FailedPrecondition, NotFound
+from boxship.kit.errors import BoxshipError, FailedPrecondition, InvalidArgument, NotFound
 from boxship.oci import digest as digests
 
 log = logging.getLogger("boxship.gc")
 
-ROOT = "containerd.io/gc.root"
-EXPIRE = "containerd.io/gc.expire"
-FLAT = "containerd.io/gc.flat"
-REF_CONTENT = "containerd.io/gc.ref.content"
-REF_SNAPSHOT = "containerd.io/gc.ref.snapshot."
-REF_IMAGE = "containerd.io/gc.ref.image"
-
-Node = tuple[str, str, str]
-"""(namespace, type as leases name it, id)."""
-
-
-def references(namespace: str, labels: Mapping[str, str]) -> list[Node]:
-    """What labels keep."""
-    found: list[Node] = []
-    for key, value in labels.items():
-        if not key.startswith("containerd.io/gc.ref."):
-            continue
-        if key == REF_CONTENT or key.startswith((f"{REF_CONTENT}.", f"{REF_CONTENT}/")):
-            found.append((namespace, "content", value))
-        elif key.startswith(REF_SNAPSHOT):
-            snapshotter = key.removeprefix(REF_SNAPSHOT).partition("/")[0]
-            found.append((namespace, f"snapshots/{snapshotter}", value))
-        elif key == REF_IMAGE or key.startswith((f"{REF_IMAGE}.", f"{REF_IMAGE}/")):
-            found.append((namespace, "images", value))
-    return found
-
-
-def expired(labels: Mapping[str, str], at: int) -> bool:
-    """Whether the time of `containerd.io/gc.expire` (RFC 3339) is past; what cannot be read as a time never is."""
-    text = labels.get(EXPIRE)
-    if not text:
-        return False
-    try:
-        when = datetime.fromisoformat(text)
-    except ValueError:
-        return False
-    if when.tzinfo is None:
-        when = when.replace(tzinfo=UTC)
-    return when.timestamp() * 1e9 < at
+ATTEMPTS = 3
+"""Times that marking is tried beside others' work before it makes them wait."""
+RETRY_S = 10.0
+"""After a collection that failed, and for files that could not be removed."""
 
 
 class Collector:
-    """Collects when asked, one collection at a time."""
+    """Finds garbage and removes it, in any thread; one collection at a time."""
 
-    def __init__(
-        self, database: Database, files: ContentStore, drivers: Mapping[str, Driver], pending: Iterable[tuple[str, str]] = (),
-        delay_s: float = 0.1,
-    ) -> None:
-        """`pending`: (snapshotter, driver's key) of snapshots that are being made, a set that others change."""
+    def __init__(self, database: Database, files: ContentStore, drivers: Mapping[str, Driver], publish: Publish) -> None:
         self._database = database
         self._files = files
         self._drivers = drivers
-        self.pending = pending
-        self._delay_s = delay_s
-        self._wanted = asyncio.Event()
-        self._done: asyncio.Future[None] | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._publish = publish
+        self.next_expiry = 0
+        """When something that keeps things will cease to, as of the last collection; nanoseconds since 1970, 0: never."""
 
-    # --- on the event loop
-
-    def start(self) -> None:
-        """Begin to serve `request`; the event loop must run."""
-        self._task = asyncio.create_task(self._serve())
-
-    async def stop(self) -> None:
-        """Let a collection that is under way end."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
-
-    def request(self, sync: bool = False) -> Any:
-        """Ask for a collection; with `sync` returns an awaitable that ends after one that began later than this call."""
-        if sync:
-            return self._collect()
-        self._wanted.set()
-        return None
-
-    async def _serve(self) -> None:
-        while True:
-            await self._wanted.wait()
-            # What is deleted together is collected together.
-            await asyncio.sleep(self._delay_s)
-            self._wanted.clear()
-            try:
-                await self._collect()
-            except (BoxshipError, OSError, sqlite3.Error) as error:
-                log.error("garbage collection: %s", error)
-
-    async def _collect(self) -> None:
-        while self._done is not None:
-            await asyncio.shield(self._done)
-        self._done = asyncio.get_running_loop().create_future()
-        try:
-            await asyncio.shield(asyncio.to_thread(self.collect))
-        finally:
-            done, self._done = self._done, None
-            done.set_result(None)
-
-    # --- in any thread
-
-    def collect(self) -> dict[str, int]:
-        """One collection; says how many of what went."""
-        at = now()
-        with self._database.writing() as rows:
-            kept = self._mark(rows, at)
-            counts = self._sweep(rows, kept, at)
-            self._database.deletions = self._database.mutations = 0
+    def collect(self) -> Garbage:
+        """One collection; returns the rows that went."""
+        garbage = self._collect_rows()
+        for namespace, kind, name in garbage.snapshots:
+            self._publish(namespace, "/snapshot/remove", pb.snapshot_events.SnapshotRemove(
+                key=name, snapshotter=kind.removeprefix("snapshots/")))
+        for namespace, _, name in garbage.images:
+            self._publish(namespace, "/images/delete", pb.image_events.ImageDelete(name=name))
         failpoint.hit("gc-rows")
-        counts["files"] = self._remove_files()
-        for name in self._drivers:
-            self._remove_snapshots(name)
-        if any(counts.values()):
-            log.debug("garbage collection: %s", counts)
-        return counts
+        with self._database.lock:
+            dirty, self._database.dirty = self._database.dirty, set()
+        for what in sorted(dirty):
+            try:
+                if what == CONTENT:
+                    self._remove_files()
+                elif what.removeprefix("snapshots/") in self._drivers:
+                    self._remove_snapshots(what.removeprefix("snapshots/"))
+            except BaseException:
+                with self._database.lock:
+                    self._database.dirty |= dirty
+                raise
+        if garbage.total():
+            log.debug("garbage: %s", ", ".join(f"{len(nodes)} {kind}" for kind, nodes in garbage._asdict().items() if nodes))
+        return garbage
 
-    def _mark(self, rows: sqlite3.Connection, at: int) -> set[Node]:
-        labels: dict[Node, dict[str, str]] = {}
-        parents: dict[Node, Node] = {}
-        targets: dict[Node, Node] = {}
-        todo: list[Node] = []
-        flat: set[Node] = set()
-        for namespace, digest, text in rows.execute("SELECT namespace, digest, labels FROM blobs"):
-            node = (namespace, "content", digest)
-            labels[node] = load(text)
-            if ROOT in labels[node]:
-                todo.append(node)
-        for snapshotter, namespace, key, parent, text in rows.execute(
-            "SELECT snapshotter, namespace, key, parent, labels FROM snapshots"
-        ):
-            node = (namespace, f"snapshots/{snapshotter}", key)
-            labels[node] = load(text)
-            if parent:
-                parents[node] = (namespace, f"snapshots/{snapshotter}", parent)
-            if ROOT in labels[node]:
-                todo.append(node)
-        for namespace, ref, expected, expires in rows.execute("SELECT namespace, ref, expected, expires FROM ingests"):
-            node = (namespace, "ingests", ref)
-            if expected:
-                targets[node] = (namespace, "content", expected)
-            if expires and expires > at:
-                todo.append(node)
-        leases: dict[tuple[str, str], bool] = {}
-        for kind, namespace, name, text, record in rows.execute("SELECT kind, namespace, id, labels, record FROM records"):
-            own = load(text)
-            if kind == "image":
-                node = (namespace, "images", name)
-                labels[node] = own
-                targets[node] = (namespace, "content", pb.images.Image.FromString(record).target.digest)
-                if not expired(own, at):
-                    todo.append(node)
-            elif kind == "container":
-                container = pb.containers.Container.FromString(record)
-                if container.snapshotter and container.snapshot_key:
-                    todo.append((namespace, f"snapshots/{container.snapshotter}", container.snapshot_key))
-                todo += references(namespace, own)
-            elif kind == "sandbox":
-                todo += references(namespace, own)
-            elif not expired(own, at):
-                leases[namespace, name] = FLAT in own
-                todo += references(namespace, own)
-        for namespace, lease, kind, name in rows.execute("SELECT namespace, lease, type, id FROM resources"):
-            if (namespace, lease) in leases:
-                node = (namespace, kind, name)
-                (flat.add if leases[namespace, lease] else todo.append)(node)
-        kept: set[Node] = set()
-        while todo:
-            node = todo.pop()
-            if node in kept:
+    def _collect_rows(self) -> Garbage:
+        database = self._database
+        for attempt in range(ATTEMPTS + 1):
+            with database.snapshot() as (rows, generation):
+                graph = Graph(rows, now())
+            garbage = graph.garbage()
+            self.next_expiry = graph.next_expiry
+            with database.lock:
+                if database.generation != generation:
+                    if attempt < ATTEMPTS:
+                        continue
+                    with database.reading() as rows:
+                        garbage = Graph(rows, now()).garbage()
+                database.mutations = database.deletions = 0
+                if garbage.total():
+                    with database.writing() as rows:
+                        self._delete(rows, garbage)
+                        # Not a change that could make more garbage.
+                        database.mutations = -1
+                break
+        return garbage
+
+    def _delete(self, rows: sqlite3.Connection, garbage: Garbage) -> None:
+        rows.executemany("DELETE FROM blobs WHERE namespace=? AND digest=?", [(node[0], node[2]) for node in garbage.content])
+        rows.executemany("DELETE FROM snapshots WHERE namespace=? AND snapshotter=? AND key=?", [
+            (namespace, kind.removeprefix("snapshots/"), name) for namespace, kind, name in garbage.snapshots])
+        rows.executemany("DELETE FROM ingests WHERE namespace=? AND ref=?", [(node[0], node[2]) for node in garbage.ingests])
+        rows.executemany("DELETE FROM records WHERE kind='image' AND namespace=? AND id=?", [
+            (node[0], node[2]) for node in garbage.images])
+        rows.executemany("DELETE FROM leases WHERE namespace=? AND id=?", [(node[0], node[2]) for node in garbage.leases])
+        rows.executemany("DELETE FROM resources WHERE namespace=? AND type=? AND id=?", [
+            *garbage.content, *garbage.snapshots, *garbage.ingests, *garbage.images])
+        if garbage.content or garbage.ingests:
+            self._database.dirty.add(CONTENT)
+        self._database.dirty.update(kind for _, kind, _ in garbage.snapshots)
+
+    def _remove_files(self) -> None:
+        """Blobs that no namespace has or is about to claim, ingests that none knows."""
+        with self._database.reading() as rows:
+            known = {row[0] for row in rows.execute("SELECT digest FROM blobs UNION SELECT expected FROM ingests")}
+        for info in self._files.walk():
+            if info.digest in known:
                 continue
-            kept.add(node)
-            todo += references(node[0], labels.get(node, {}))
-            if node in parents:
-                todo.append(parents[node])
-            if node in targets:
-                todo.append(targets[node])
-        # A snapshot cannot do without its parents, whatever its lease says.
-        for node in flat:
-            above: Node | None = node
-            while above is not None and above not in kept:
-                kept.add(above)
-                above = parents.get(above)
-        return kept
-
-    def _sweep(self, rows: sqlite3.Connection, kept: set[Node], at: int) -> dict[str, int]:
-        content = [(namespace, digest) for namespace, digest in rows.execute("SELECT namespace, digest FROM blobs")
-                   if (namespace, "content", digest) not in kept]
-        snapshots = [(snapshotter, namespace, key) for snapshotter, namespace, key in rows.execute(
-            "SELECT snapshotter, namespace, key FROM snapshots") if (namespace, f"snapshots/{snapshotter}", key) not in kept]
-        ingests = [(namespace, ref) for namespace, ref in rows.execute("SELECT namespace, ref FROM ingests")
-                   if (namespace, "ingests", ref) not in kept]
-        images = [(namespace, name) for namespace, name, text in rows.execute(
-            "SELECT namespace, id, labels FROM records WHERE kind='image'")
-            if expired(load(text), at) and (namespace, "images", name) not in kept]
-        leases = [(namespace, name) for namespace, name, text in rows.execute(
-            "SELECT namespace, id, labels FROM records WHERE kind='lease'") if expired(load(text), at)]
-        rows.executemany("DELETE FROM blobs WHERE namespace=? AND digest=?", content)
-        rows.executemany("DELETE FROM snapshots WHERE snapshotter=? AND namespace=? AND key=?", snapshots)
-        rows.executemany("DELETE FROM ingests WHERE namespace=? AND ref=?", ingests)
-        rows.executemany("DELETE FROM records WHERE kind='image' AND namespace=? AND id=?", images)
-        rows.executemany("DELETE FROM records WHERE kind='lease' AND namespace=? AND id=?", leases)
-        rows.executemany("DELETE FROM resources WHERE namespace=? AND lease=?", leases)
-        return {"content": len(content), "snapshots": len(snapshots), "ingests": len(ingests), "images": len(images),
-                "leases": len(leases)}
-
-    def _remove_files(self) -> int:
-        """Blobs that no namespace has, ingests that none knows."""
-        count = 0
-        for info in list(self._files.walk()):
-            # One at a time under the lock: a commit of the same content may come in between.
+            # Under the lock: a commit or a claim of the same content may have come in between.
             with self._database.reading() as rows:
-                if rows.execute("SELECT 1 FROM blobs WHERE digest=? LIMIT 1", (info.digest,)).fetchone() is None:
+                if (CONTENT, info.digest) in self._database.pending:
+                    continue
+                query = "SELECT 1 FROM blobs WHERE digest=? UNION ALL SELECT 1 FROM ingests WHERE expected=?"
+                if rows.execute(query, (info.digest, info.digest)).fetchone() is None:
                     with contextlib.suppress(NotFound):
                         self._files.delete(info.digest)
-                        count += 1
         for status in self._files.statuses():
             with self._database.reading() as rows:
                 if rows.execute("SELECT 1 FROM ingests WHERE key=?", (status.ref,)).fetchone() is None:
                     with contextlib.suppress(NotFound):
                         self._files.abort(status.ref)
-        return count
 
     def _remove_snapshots(self, name: str) -> None:
         """What a driver has and no row names; children before their parents."""
         driver = self._drivers[name]
         for info in reversed(list(driver.walk())):
             with self._database.reading() as rows:
-                query = "SELECT 1 FROM snapshots WHERE snapshotter=? AND driver_key=?"
-                wanted = rows.execute(query, (name, info.name)).fetchone()
-            if wanted is not None or (name, info.name) in self.pending:
-                continue
+                if (f"snapshots/{name}", info.name) in self._database.pending:
+                    continue
+                query = ("SELECT 1 FROM snapshots WHERE snapshotter=?1 AND driver_key=?2"
+                         " UNION ALL SELECT 1 FROM commits WHERE snapshotter=?1 AND driver_key=?2")
+                if rows.execute(query, (name, info.name)).fetchone() is not None:
+                    continue
             try:
                 driver.remove(info.name)
             except (NotFound, FailedPrecondition):
                 continue  # gone already, or the parent of one that is being made
             except OSError as error:
+                # A container may have it mounted still; the next collection tries again.
                 log.warning("snapshot %s of %s cannot be removed now: %s", info.name, name, error)
+                with self._database.lock:
+                    self._database.dirty.add(f"snapshots/{name}")
         driver.cleanup()
 
+    # After a crash, and on demand.
+
     def reconcile(self) -> None:
-        """At the start, before anybody asks: rows whose content or snapshot is gone go too; then a collection."""
+        """At the start, before anybody asks: rows and files agree again. What has no row is left to the first collection."""
+        finish_commits(self._database, self._drivers)
         with self._database.writing() as rows:
-            for namespace, digest in rows.execute("SELECT namespace, digest FROM blobs").fetchall():
-                try:
-                    self._files.info(digest)
-                except NotFound:
-                    log.error("content %s of namespace %s is lost", digest, namespace)
-                    rows.execute("DELETE FROM blobs WHERE namespace=? AND digest=?", (namespace, digest))
-            known = {status.ref for status in self._files.statuses()}
-            for namespace, ref, key in rows.execute("SELECT namespace, ref, key FROM ingests").fetchall():
-                if key not in known:
-                    rows.execute("DELETE FROM ingests WHERE namespace=? AND ref=?", (namespace, ref))
-            for name, driver in self._drivers.items():
-                there = {info.name for info in driver.walk()}
-                for namespace, key, driver_key in rows.execute(
-                    "SELECT namespace, key, driver_key FROM snapshots WHERE snapshotter=?", (name,)
-                ).fetchall():
-                    if driver_key not in there:
-                        log.warning("snapshot %s of namespace %s is lost", key, namespace)
-                        rows.execute("DELETE FROM snapshots WHERE snapshotter=? AND namespace=? AND key=?",
-                                     (name, namespace, key))
-        self.collect()
+            for namespace, digest, what in list(self._lost_content(rows)):
+                log.error("content %s of namespace %s %s", digest, namespace, what)
+                rows.execute("DELETE FROM blobs WHERE namespace=? AND digest=?", (namespace, digest))
+            for snapshotter, namespace, key in list(self._lost_snapshots(rows)):
+                log.error("snapshot %s of namespace %s is lost by %s", key, namespace, snapshotter)
+                rows.execute("DELETE FROM snapshots WHERE snapshotter=? AND namespace=? AND key=?", (snapshotter, namespace, key))
+        with self._database.lock:
+            self._database.dirty |= {CONTENT, *(f"snapshots/{name}" for name in self._drivers)}
+
+    def _lost_content(self, rows: sqlite3.Connection) -> Iterator[tuple[str, str, str]]:
+        """(namespace, digest, what is wrong) of blobs whose file is not there, or not of its size."""
+        sizes = {info.digest: info.size for info in self._files.walk()}
+        for namespace, digest, size in rows.execute("SELECT namespace, digest, size FROM blobs"):
+            found = sizes.get(digest)
+            if found is None:
+                yield namespace, digest, "is lost"
+            elif found != size:
+                yield namespace, digest, f"has {found} bytes, {size} were recorded"
+
+    def _lost_snapshots(self, rows: sqlite3.Connection) -> Iterator[tuple[str, str, str]]:
+        for name, driver in self._drivers.items():
+            there = {info.name for info in driver.walk()}
+            query = "SELECT namespace, key, driver_key FROM snapshots WHERE snapshotter=?"
+            for namespace, key, driver_key in rows.execute(query, (name,)):
+                if driver_key not in there:
+                    yield name, namespace, key
 
     def check(self) -> list[str]:
-        """What is not as it should be, in words; empty when all is well. Hashes every blob."""
+        """What is not as it should be, in words; empty when all is well. Reads every blob; others may work meanwhile."""
         wrong = [f"database: {line}" for line in self._database.check()]
-        with self._database.reading() as rows:
-            blobs = rows.execute("SELECT namespace, digest, size FROM blobs").fetchall()
-            snapshots = rows.execute("SELECT snapshotter, namespace, key, driver_key, parent FROM snapshots").fetchall()
-        seen: dict[str, str] = {}
-        for namespace, digest, size in blobs:
-            if digest not in seen:
-                seen[digest] = ""
-                try:
-                    fd = self._files.open(digest)
-                except NotFound:
-                    seen[digest] = "is lost"
-                else:
-                    try:
-                        hasher = digests.hasher(digest)
-                        while chunk := os.read(fd, 1 << 20):
-                            hasher.update(chunk)
-                        if hasher.hexdigest() != digests.split(digest)[1]:
-                            seen[digest] = "is not that content any more"
-                        elif os.fstat(fd).st_size != size:
-                            seen[digest] = f"has {os.fstat(fd).st_size} bytes, {size} were recorded"
-                    finally:
-                        os.close(fd)
-            if seen[digest]:
-                wrong.append(f"namespace {namespace}: content {digest} {seen[digest]}")
-        for snapshotter, namespace, key, driver_key, parent in snapshots:
-            driver = self._drivers.get(snapshotter)
-            if driver is None:
-                continue
-            try:
-                driver.stat(driver_key)
-            except NotFound:
-                wrong.append(f"namespace {namespace}: snapshot {key} of {snapshotter} is lost")
-            if parent and not any(row[0] == snapshotter and row[1] == namespace and row[2] == parent for row in snapshots):
-                wrong.append(f"namespace {namespace}: snapshot {key} of {snapshotter} has lost its parent {parent}")
+        with self._database.snapshot() as (rows, _):
+            content = list(self._lost_content(rows))
+            wrong += [f"namespace {namespace}: content {digest} {what}" for namespace, digest, what in content]
+            wrong += [f"namespace {namespace}: snapshot {key} is lost by {name}"
+                      for name, namespace, key in self._lost_snapshots(rows)]
+            wrong += [f"namespace {namespace}: snapshot {key} of {name} has lost its parent {parent}"
+                      for name, namespace, key, parent in rows.execute(
+                          "SELECT snapshotter, namespace, key, parent FROM snapshots child WHERE parent != '' AND NOT EXISTS"
+                          " (SELECT 1 FROM snapshots WHERE snapshotter=child.snapshotter AND namespace=child.namespace"
+                          " AND key=child.parent)")]
+            known = {row[0] for row in rows.execute("SELECT digest FROM blobs")} - {digest for _, digest, _ in content}
+        for digest in sorted(known):
+            with contextlib.suppress(NotFound):  # deleted meanwhile
+                if not _intact(self._files.open(digest), digest):
+                    wrong.append(f"content {digest} is not that content any more")
         return wrong
+
+
+def _intact(fd: int, digest: str) -> bool:
+    try:
+        hasher = digests.hasher(digest)
+        while chunk := os.read(fd, 1 << 20):
+            hasher.update(chunk)
+        return bool(hasher.hexdigest() == digests.split(digest)[1])
+    finally:
+        os.close(fd)
+
+
+class Schedule:
+    """When to collect: containerd's rules.
+
+    Attributes:
+        pause_threshold: share of the time that collections may take; from it follows how long one waits after the other.
+        deletion_threshold: so many deletions bring the next collection forward, to `schedule_delay_s` from now; 0: none do.
+        mutation_threshold: so many changes are reason for a collection when its time has come, as any deletion is; 0: none are.
+        schedule_delay_s: between being asked for and beginning.
+        startup_delay_s: before the first.
+    """
+
+    def __init__(
+        self, pause_threshold: float = 0.02, deletion_threshold: int = 0, mutation_threshold: int = 100,
+        schedule_delay_s: float = 0.0, startup_delay_s: float = 0.1,
+    ) -> None:
+        self.pause_threshold = min(max(pause_threshold, 0.0), 0.5)
+        self.deletion_threshold = max(deletion_threshold, 0)
+        self.mutation_threshold = max(mutation_threshold, 0)
+        self.schedule_delay_s = max(schedule_delay_s, 0.0)
+        self.startup_delay_s = max(startup_delay_s, 0.0)
+
+    def interval_s(self, mean_s: float) -> float:
+        """Seconds between collections that take `mean_s` on the average."""
+        if not self.pause_threshold:
+            return 1.0
+        mean_s = max(mean_s, 0.005)
+        return mean_s / self.pause_threshold - mean_s
+
+
+def configured(table: Mapping[str, Any]) -> Schedule:
+    """The schedule of the configuration's table `gc`, whose words are containerd's. Raises InvalidArgument."""
+    words: dict[str, Any] = {}
+    for key, value in table.items():
+        if key in ("schedule_delay", "startup_delay"):
+            words[f"{key}_s"] = _seconds(key, value)
+        elif key not in ("pause_threshold", "deletion_threshold", "mutation_threshold"):
+            raise InvalidArgument(f"gc.{key} is no setting")
+        elif not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise InvalidArgument(f"gc.{key} must be a number, not {value!r}")
+        else:
+            words[key] = value
+    return Schedule(**words)
+
+
+def _seconds(key: str, value: Any) -> float:
+    for unit, factor in (("ms", 0.001), ("s", 1.0), ("m", 60.0)):
+        if isinstance(value, str) and value.endswith(unit):
+            with contextlib.suppress(ValueError):
+                return float(value.removesuffix(unit)) * factor
+    raise InvalidArgument(f'gc.{key} must be a time as "100ms" or "2s", not {value!r}')
+
+
+class Scheduler:
+    """Collects on the event loop's account when `Schedule` says so; nothing wakes up while nothing changes."""
+
+    def __init__(self, database: Database, collector: Collector, schedule: Schedule) -> None:
+        self._database = database
+        self._collector = collector
+        self._schedule = schedule
+        self._changed = asyncio.Event()
+        self._waiting: list[asyncio.Future[None]] = []
+        self._task: asyncio.Task[None] | None = None
+        self._spent_s = 0.0
+        self._count = 0
+
+    def start(self) -> None:
+        """Begin; the first collection comes by itself. An event loop must run."""
+        loop = asyncio.get_running_loop()
+        told = False
+
+        def tell() -> None:
+            nonlocal told
+            told = False
+            self._changed.set()
+
+        def changed() -> None:
+            nonlocal told
+            if not told and not loop.is_closed():
+                told = True
+                loop.call_soon_threadsafe(tell)
+
+        self._database.on_change = changed
+        self._task = asyncio.create_task(self._serve())
+
+    async def stop(self) -> None:
+        """Let a collection that is under way end."""
+        self._database.on_change = None
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        self._answer(None)
+
+    async def collect(self) -> None:
+        """Collect soon, and return when that is done. Raises what goes wrong."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(done)
+        self._changed.set()
+        await done
+
+    async def _serve(self) -> None:
+        earliest = time.monotonic() + self._schedule.startup_delay_s
+        first = True
+        while True:
+            due = self._due(earliest, first)
+            self._changed.clear()
+            wait = max(due - time.monotonic(), 0.0)
+            if wait > 0:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), None if math.isinf(wait) else wait)
+                    continue
+            waiting, self._waiting = self._waiting, []
+            begin = time.monotonic()
+            done = await self._run(waiting)
+            first = False
+            self._spent_s += time.monotonic() - begin
+            self._count += 1
+            earliest = time.monotonic() + (self._schedule.interval_s(self._spent_s / self._count) if done else RETRY_S)
+
+    async def _run(self, waiting: list[asyncio.Future[None]]) -> bool:
+        work = asyncio.ensure_future(asyncio.to_thread(self._collector.collect))
+        error: Exception | None = None
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            await asyncio.wait([work])
+            self._waiting += waiting
+            raise
+        except (BoxshipError, OSError, sqlite3.Error) as failure:
+            log.error("garbage collection failed: %s", failure)
+            error = failure
+        self._waiting, kept = waiting, self._waiting
+        self._answer(error)
+        self._waiting = kept
+        return error is None
+
+    def _answer(self, error: Exception | None) -> None:
+        waiting, self._waiting = self._waiting, []
+        for done in waiting:
+            if not done.done():
+                if error is None:
+                    done.set_result(None)
+                else:
+                    done.set_exception(error)
+
+    def _due(self, earliest: float, first: bool) -> float:
+        """When to collect next, of time.monotonic; never, as long as nothing is a reason to."""
+        schedule, database = self._schedule, self._database
+        soon = time.monotonic() + schedule.schedule_delay_s
+        if self._waiting:
+            return soon
+        if schedule.deletion_threshold and database.deletions >= schedule.deletion_threshold:
+            return min(soon, earliest)
+        many = bool(schedule.mutation_threshold) and database.mutations >= schedule.mutation_threshold
+        if first or database.deletions > 0 or many:
+            return earliest
+        if database.dirty:  # what could not be removed
+            return max(earliest, time.monotonic() + RETRY_S)
+        if self._collector.next_expiry:
+            return max(earliest, time.monotonic() + (self._collector.next_expiry - now()) / 1e9)
+        return math.inf

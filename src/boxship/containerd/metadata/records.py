@@ -6,7 +6,7 @@ Spec: containerd API, services containers.v1, images.v1, sandbox.v1 (Store); cor
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
@@ -15,18 +15,36 @@ from boxship.api.containerd import pb
 from boxship.api.containerd.call import Call, check_identifier
 from boxship.containerd.events import Exchange
 from boxship.containerd.filters import parse_all
-from boxship.containerd.metadata.database import Database, dump, now
+from boxship.containerd.metadata.database import Database, Labels, now
 from boxship.containerd.namespaces import check_labels
 from boxship.kit.errors import AlreadyExists, InvalidArgument, NotFound
+from boxship.oci import digest as digests
 
-Collect = Callable[[bool], Any]
-"""Asks for a garbage collection: called with True it returns an awaitable that ends when the collection has."""
+Collect = Callable[[], Awaitable[None]]
+"""Collects garbage and returns when all that is garbage now is gone."""
+EXPIRE = "containerd.io/gc.expire"
 
 
 def label_field(labels: Any, path: list[str]) -> str | None:
     """What a filter sees at `labels.KEY`, where the key may have dots of its own."""
     found: str | None = labels.get(".".join(path[1:]))
     return found
+
+
+def changed_labels(known: Labels, given: Mapping[str, str], paths: Iterable[str], what: str) -> Labels:
+    """Labels after an update by the field mask `paths` (empty: all of them). Raises InvalidArgument."""
+    made = dict(known)
+    for path in list(paths) or ["labels"]:
+        if path == "labels":
+            made = dict(given)
+        elif path.startswith("labels."):
+            key = path.removeprefix("labels.")
+            made[key] = given.get(key, "")
+        else:
+            raise InvalidArgument(f'cannot update "{path}" field on {what}: invalid argument')
+    made = {key: value for key, value in made.items() if value}
+    check_labels(made)
+    return made
 
 
 class _Records:
@@ -55,24 +73,31 @@ class _Records:
         for row in found:
             yield self._message.FromString(row[0])
 
-    def create(self, namespace: str, name: str, record: Any) -> None:
-        """Sets both times. Raises AlreadyExists."""
-        record.created_at.FromNanoseconds(now())
+    def create(self, namespace: str, name: str, record: Any, created_at: Any = None) -> None:
+        """Sets both times, unless `created_at` is given. Raises AlreadyExists."""
+        drop_empty(record.labels)
+        if created_at is not None:
+            record.created_at.CopyFrom(created_at)
+        else:
+            record.created_at.FromNanoseconds(now())
         record.updated_at.CopyFrom(record.created_at)
         with self._database.writing() as rows:
             self._database.ensure(namespace)
-            done = rows.execute("INSERT OR IGNORE INTO records VALUES (?,?,?,?,?)",
-                                (self._kind, namespace, name, dump(record.labels), record.SerializeToString()))
+            done = rows.execute("INSERT OR IGNORE INTO records VALUES (?,?,?,?)",
+                                (self._kind, namespace, name, record.SerializeToString()))
             if done.rowcount == 0:
                 raise AlreadyExists(f'{self._kind} "{name}": already exists')
 
-    def replace(self, namespace: str, name: str, record: Any) -> None:
-        """Sets the time of the change."""
-        record.updated_at.FromNanoseconds(now())
+    def replace(self, namespace: str, name: str, record: Any, updated_at: Any = None) -> None:
+        """Sets the time of the change, unless `updated_at` is given."""
+        drop_empty(record.labels)
+        if updated_at is not None:
+            record.updated_at.CopyFrom(updated_at)
+        else:
+            record.updated_at.FromNanoseconds(now())
         with self._database.writing() as rows:
-            rows.execute("UPDATE records SET labels=?, record=? WHERE kind=? AND namespace=? AND id=?",
-                         (dump(record.labels), record.SerializeToString(), self._kind, namespace, name))
-            self._database.deletions += 1
+            rows.execute("UPDATE records SET record=? WHERE kind=? AND namespace=? AND id=?",
+                         (record.SerializeToString(), self._kind, namespace, name))
 
     def delete(self, namespace: str, name: str) -> None:
         """Raises NotFound."""
@@ -85,6 +110,19 @@ class _Records:
     def changing(self) -> Any:
         """A transaction, for what is read and then replaced."""
         return self._database.writing()
+
+
+def copy(message: Any) -> Any:
+    """A message of one's own: what a caller in this process has handed in stays as it is."""
+    made = type(message)()
+    made.CopyFrom(message)
+    return made
+
+
+def drop_empty(labels: Any) -> None:
+    """An empty value means that there is no such label."""
+    for key in [key for key, value in labels.items() if not value]:
+        del labels[key]
 
 
 def change_map(target: Any, source: Any, path: str, field: str) -> None:
@@ -159,7 +197,7 @@ class Containers:
 
     async def Create(self, request: Any, call: Call) -> Any:
         """Raises InvalidArgument, AlreadyExists."""
-        namespace, container = call.required_namespace(), request.container
+        namespace, container = call.required_namespace(), copy(request.container)
         _check_container(container)
         self._records.create(namespace, container.id, container)
         event = pb.container_events.ContainerCreate(id=container.id, image=container.image)
@@ -189,8 +227,8 @@ class Containers:
                     change_map(getattr(known, field), getattr(given, field), path, field)
                 elif path == "spec":
                     known.spec.CopyFrom(given.spec)
-                elif path in ("image", "sandbox"):
-                    setattr(known, path, getattr(given, path))
+                elif path == "image":
+                    known.image = given.image
                 elif path == "snapshotkey":
                     known.snapshot_key = given.snapshot_key
                 else:
@@ -267,11 +305,13 @@ class Images:
 
     async def Create(self, request: Any, call: Call) -> Any:
         """Raises InvalidArgument, AlreadyExists, NotFound (the lease)."""
-        namespace, image = call.required_namespace(), request.image
+        namespace, image = call.required_namespace(), copy(request.image)
         _check_image(image)
+        drop_empty(image.target.annotations)
         with self._records.changing():
-            self._records.create(namespace, image.name, image)
-            self._database.hold(namespace, call.lease, "images", image.name)
+            self._records.create(
+                namespace, image.name, image, request.source_date_epoch if request.HasField("source_date_epoch") else None)
+            self._hold(namespace, call, image)
         self._exchange.publish(namespace, "/images/create",
                                pb.image_events.ImageCreate(name=image.name, labels=image.labels))
         return pb.images.CreateImageResponse(image=image)
@@ -294,7 +334,10 @@ class Images:
                 else:
                     raise InvalidArgument(f'cannot update "{path}" field on image "{given.name}": invalid argument')
             _check_image(known)
-            self._records.replace(namespace, given.name, known)
+            drop_empty(known.target.annotations)
+            self._records.replace(
+                namespace, given.name, known, request.source_date_epoch if request.HasField("source_date_epoch") else None)
+            self._hold(namespace, call, known)
         self._exchange.publish(namespace, "/images/update",
                                pb.image_events.ImageUpdate(name=known.name, labels=known.labels))
         return pb.images.UpdateImageResponse(image=known)
@@ -306,25 +349,33 @@ class Images:
             if request.HasField("target") and request.target.digest:
                 known = self._records.get(namespace, request.name)
                 if known.target.digest != request.target.digest:
-                    raise NotFound(f'image "{request.name}" has target {known.target.digest}: not found')
+                    wanted = request.target.digest
+                    raise NotFound(f'image "{request.name}" has target {known.target.digest}, not {wanted}: not found')
             self._records.delete(namespace, request.name)
+            self._database.release(namespace, call.lease, "images", request.name)
         self._exchange.publish(namespace, "/images/delete", pb.image_events.ImageDelete(name=request.name))
-        done = self._collect(request.sync)
         if request.sync:
-            await done
+            await self._collect()
         return Empty()
+
+    def _hold(self, namespace: str, call: Call, image: Any) -> None:
+        """An image that may be collected is held by the lease; others are roots themselves."""
+        if EXPIRE in image.labels:
+            self._database.hold(namespace, call.lease, "images", image.name)
 
 
 def _check_image(image: Any) -> None:
     if not image.name:
         raise InvalidArgument("image name must not be empty: invalid argument")
     check_labels(image.labels)
-    if not image.target.digest:
-        raise InvalidArgument('Target.Digest "" invalid: invalid checksum digest format: invalid argument')
+    try:
+        digests.check(image.target.digest)
+    except InvalidArgument as error:
+        raise InvalidArgument(f'target.Digest "{image.target.digest}" invalid: {error}: invalid argument') from None
     if image.target.size <= 0:
-        raise InvalidArgument("Target.Size must be greater than zero: invalid argument")
+        raise InvalidArgument("target.Size must be greater than zero: invalid argument")
     if not image.target.media_type:
-        raise InvalidArgument("Target.MediaType must be set: invalid argument")
+        raise InvalidArgument("target.MediaType must be set: invalid argument")
 
 
 # --- sandboxes
@@ -344,9 +395,8 @@ def _sandbox_field(sandbox: Any, path: list[str]) -> str | None:
 class SandboxStore:
     """containerd.services.sandbox.v1.Store."""
 
-    def __init__(self, database: Database, exchange: Exchange) -> None:
+    def __init__(self, database: Database) -> None:
         self._records = _Records(database, "sandbox", pb.types.Sandbox, lambda name, _: f'sandbox "{name}"')
-        self._exchange = exchange
 
     async def Get(self, request: Any, call: Call) -> Any:
         """Raises NotFound."""
@@ -362,7 +412,7 @@ class SandboxStore:
 
     async def Create(self, request: Any, call: Call) -> Any:
         """Raises InvalidArgument, AlreadyExists."""
-        namespace, sandbox = call.required_namespace(), request.sandbox
+        namespace, sandbox = call.required_namespace(), copy(request.sandbox)
         check_identifier(sandbox.sandbox_id)
         check_labels(sandbox.labels)
         self._records.create(namespace, sandbox.sandbox_id, sandbox)
@@ -373,7 +423,12 @@ class SandboxStore:
         namespace, given = call.required_namespace(), request.sandbox
         with self._records.changing():
             known = self._records.get(namespace, given.sandbox_id)
-            for path in list(request.fields) or ["labels", "extensions", "spec", "runtime"]:
+            paths = list(request.fields)
+            if not paths:
+                if given.runtime.name != known.runtime.name:
+                    raise InvalidArgument("sandbox.Runtime.Name field is immutable: invalid argument")
+                paths = ["labels", "extensions", "spec", "runtime"]
+            for path in paths:
                 field = path.partition(".")[0]
                 if field in ("labels", "extensions"):
                     change_map(getattr(known, field), getattr(given, field), path, field)

@@ -4,214 +4,224 @@ Runs in: the daemon; drivers in worker threads, because they wait for the file s
 Spec: containerd API, services snapshots.v1; core/metadata/snapshot.go (names, labels that drivers are told).
 
 A row is written after the driver has the snapshot and removed before the driver loses it: what a driver has without a row is
-garbage, and what a row has without the driver was lost with a disk; `Collector.reconcile` removes both.
+garbage (unless it is `Database.pending`), and what a row has without the driver was lost with a disk. A commit is written down
+before the driver does it (`commits`), so that a killed one is brought to its end and no container's work is lost.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from google.protobuf.empty_pb2 import Empty
 
 from boxship.api.containerd import pb
 from boxship.api.containerd.call import Call
-from boxship.containerd.events import Exchange
 from boxship.containerd.filters import parse_all
-from boxship.containerd.metadata.database import Database, dump, load, now
-from boxship.containerd.metadata.records import Collect, label_field
+from boxship.containerd.metadata.database import Database, Labels, dump, load, now
+from boxship.containerd.metadata.publisher import Publish
+from boxship.containerd.metadata.records import changed_labels, label_field
 from boxship.containerd.namespaces import check_labels
-from boxship.containerd.snapshots.driver import KINDS, Driver, Mount
+from boxship.containerd.snapshots.driver import ACTIVE, COMMITTED, KINDS, VIEW, Driver, Mount
 from boxship.containerd.snapshots.driver import Info as DriverInfo
-from boxship.kit.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from boxship.kit import failpoint
+from boxship.kit.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unsupported
 
 DRIVER_LABELS = "containerd.io/snapshot/"
 """Labels that begin so are for the driver too."""
+TARGET = "containerd.io/snapshot.ref"
+"""Label of an active snapshot: the name that it is to be committed as. Goes to the driver too."""
+Row = tuple[str, str, int, int, int, str]
+"""driver_key, parent, kind, created, updated, labels."""
+T = TypeVar("T")
 
 
 class Snapshots:
     """containerd.services.snapshots.v1.Snapshots."""
 
-    def __init__(self, database: Database, drivers: Mapping[str, Driver], exchange: Exchange, collect: Collect) -> None:
+    def __init__(self, database: Database, drivers: Mapping[str, Driver], publish: Publish) -> None:
         self._database = database
         self._drivers = drivers
-        self._exchange = exchange
-        self._collect = collect
-        self.pending: set[tuple[str, str]] = set()
-        """(snapshotter, driver's key) of what is being made and has no row yet; not garbage."""
+        self._publish = publish
+        # Drivers wait for the disk, and so that a pull which keeps the loop's own threads busy does not hold up a start.
+        self._threads = ThreadPoolExecutor(4, "snapshots")
 
     def driver(self, name: str) -> Driver:
-        """Raises InvalidArgument without a name, NotFound."""
+        """Raises InvalidArgument for a name that no driver has."""
         if not name:
             raise InvalidArgument("snapshotter argument missing: invalid argument")
         found = self._drivers.get(name)
         if found is None:
-            raise NotFound(f"snapshotter not loaded: {name}: not found")
+            raise InvalidArgument(f"snapshotter not loaded: {name}: invalid argument")
         return found
 
     async def Prepare(self, request: Any, call: Call) -> Any:
-        """Raises AlreadyExists, NotFound (parent, lease), InvalidArgument."""
-        mounts = await self._make(request, call, lambda driver: driver.prepare)
-        self._exchange.publish(call.namespace, "/snapshot/prepare", pb.snapshot_events.SnapshotPrepare(
+        """Raises AlreadyExists (the lease holds it then), NotFound (parent, lease), InvalidArgument."""
+        mounts = await self._make(request, call, self.driver(request.snapshotter).prepare, ACTIVE)
+        self._publish(call.namespace, "/snapshot/prepare", pb.snapshot_events.SnapshotPrepare(
             key=request.key, parent=request.parent, snapshotter=request.snapshotter))
         return pb.snapshots.PrepareSnapshotResponse(mounts=mounts)
 
     async def View(self, request: Any, call: Call) -> Any:
         """As Prepare."""
-        return pb.snapshots.ViewSnapshotResponse(mounts=await self._make(request, call, lambda driver: driver.view))
+        mounts = await self._make(request, call, self.driver(request.snapshotter).view, VIEW)
+        return pb.snapshots.ViewSnapshotResponse(mounts=mounts)
 
-    async def _make(self, request: Any, call: Call, method: Callable[[Driver], Callable[..., list[Mount]]]) -> list[Any]:
-        namespace, driver = call.required_namespace(), self.driver(request.snapshotter)
+    async def _make(self, request: Any, call: Call, method: Callable[..., list[Mount]], kind: int) -> list[Any]:
+        namespace, snapshotter = call.required_namespace(), request.snapshotter
         if not request.key:
             raise InvalidArgument("snapshot key must not be empty: invalid argument")
         labels = dict(request.labels)
         check_labels(labels)
+        parent = self._parent_key(request, call, labels.get(TARGET, ""))
+        driver_key = f"{namespace}/{os.urandom(8).hex()}/{request.key}"
+
+        def make() -> list[Mount]:
+            with self._database.pending.making((f"snapshots/{snapshotter}", driver_key)):
+                mounts = method(driver_key, parent, _for_driver(labels))
+                failpoint.hit("metadata-snapshot-made")
+                try:
+                    self._insert(request, call, driver_key, kind, labels)
+                except BaseException:
+                    self.driver(snapshotter).remove(driver_key)
+                    raise
+            return mounts
+
+        return [_mount(mount) for mount in await self._run(make)]
+
+    def _parent_key(self, request: Any, call: Call, target: str) -> str:
+        """The driver's name for the parent. Raises AlreadyExists, NotFound."""
+        namespace, snapshotter = call.namespace, request.snapshotter
+        taken = ""
         with self._database.writing() as rows:
             self._database.ensure(namespace)
-            if self._row(rows, request.snapshotter, namespace, request.key) is not None:
+            for name in (target, request.key):
+                if name and not taken and self._row(rows, snapshotter, namespace, name) is not None:
+                    taken = name
+                    self._database.hold(namespace, call.lease, f"snapshots/{snapshotter}", name)
+            row = self._row(rows, snapshotter, namespace, request.parent) if request.parent and not taken else None
+        if taken:
+            raise AlreadyExists(f'{"target " if taken == target else ""}snapshot "{taken}": already exists')
+        if request.parent and row is None:
+            raise NotFound(f"parent snapshot {request.parent} does not exist: not found")
+        return row[0] if row is not None else ""
+
+    def _insert(self, request: Any, call: Call, driver_key: str, kind: int, labels: Labels) -> None:
+        namespace, snapshotter = call.namespace, request.snapshotter
+        with self._database.writing() as rows:
+            if request.parent and self._row(rows, snapshotter, namespace, request.parent) is None:
+                raise NotFound(f"parent snapshot {request.parent} does not exist: not found")
+            at = now()
+            done = rows.execute(
+                "INSERT OR IGNORE INTO snapshots VALUES (?,?,?,?,?,?,?,?,?)",
+                (snapshotter, namespace, request.key, driver_key, request.parent, kind, at, at, dump(labels)))
+            if done.rowcount == 0:
                 raise AlreadyExists(f'snapshot "{request.key}": already exists')
-            parent = ""
-            if request.parent:
-                row = self._row(rows, request.snapshotter, namespace, request.parent)
-                if row is None:
-                    raise NotFound(f'parent snapshot {request.parent} does not exist: not found')
-                parent = row[0]
-            # Held before it is there: a collection must not take what is being unpacked.
-            self._database.hold(namespace, call.lease, f"snapshots/{request.snapshotter}", request.key)
-        key = f"{namespace}/{os.urandom(8).hex()}/{request.key}"
-        pending = (request.snapshotter, key)
-        self.pending.add(pending)
-        try:
-            mounts = await asyncio.to_thread(method(driver), key, parent, _for_driver(labels))
-            try:
-                with self._database.writing() as rows:
-                    done = rows.execute(
-                        "INSERT OR IGNORE INTO snapshots VALUES (?,?,?,?,?,?,?,?)",
-                        (request.snapshotter, namespace, request.key, key, request.parent, now(), now(), dump(labels)))
-                    if done.rowcount == 0:
-                        raise AlreadyExists(f'snapshot "{request.key}": already exists')
-            except BaseException:
-                await asyncio.to_thread(driver.remove, key)
-                raise
-        finally:
-            self.pending.discard(pending)
-        return [_mount(mount) for mount in mounts]
+            self._database.hold(namespace, call.lease, f"snapshots/{snapshotter}", request.key)
 
     async def Mounts(self, request: Any, call: Call) -> Any:
         """Raises NotFound, FailedPrecondition for a committed one."""
         driver, key = self._known(request.snapshotter, call, request.key)
-        mounts = await asyncio.to_thread(driver.mounts, key)
+        mounts = await self._run(driver.mounts, key)
         return pb.snapshots.MountsResponse(mounts=[_mount(mount) for mount in mounts])
 
     async def Commit(self, request: Any, call: Call) -> Empty:
-        """Raises NotFound, AlreadyExists, FailedPrecondition, InvalidArgument."""
-        namespace = call.required_namespace()
-        driver, key = self._known(request.snapshotter, call, request.key)
+        """Raises NotFound, AlreadyExists (the lease holds it then), FailedPrecondition, InvalidArgument, Unsupported."""
+        namespace, snapshotter = call.required_namespace(), request.snapshotter
+        driver, key = self._known(snapshotter, call, request.key)
         if not request.name:
             raise InvalidArgument("snapshot name must not be empty: invalid argument")
         labels = dict(request.labels)
         check_labels(labels)
+        driver_key = f"{namespace}/{os.urandom(8).hex()}/{request.name}"
         with self._database.writing() as rows:
-            if self._row(rows, request.snapshotter, namespace, request.name) is not None:
+            taken = self._row(rows, snapshotter, namespace, request.name) is not None
+            if taken:
+                self._database.hold(namespace, call.lease, f"snapshots/{snapshotter}", request.name)
+            else:
+                row = self._row(rows, snapshotter, namespace, request.key)
+                if request.parent and row is not None and row[1] != request.parent:
+                    raise Unsupported(f"snapshot {request.key} cannot be given the parent {request.parent}: not implemented")
+                # What the driver does next is not undone by a rollback here; `finish_commits` brings it to its end.
+                rows.execute("INSERT INTO commits VALUES (?,?,?,?,?,?,?)",
+                             (snapshotter, namespace, request.key, request.name, driver_key, dump(labels), call.lease))
+        if taken:
+            raise AlreadyExists(f'snapshot "{request.name}": already exists')
+
+        def commit() -> None:
+            kind = f"snapshots/{snapshotter}"
+            with self._database.pending.making((kind, driver_key), (kind, key)):
+                try:
+                    driver.commit(driver_key, key, _for_driver(labels))
+                    failpoint.hit("metadata-snapshot-committed")
+                except BaseException:
+                    with self._database.writing() as rows:
+                        rows.execute("DELETE FROM commits WHERE snapshotter=? AND driver_key=?", (snapshotter, driver_key))
+                    raise
+                done = finish_commit(self._database, snapshotter, driver_key)
+            if not done:
                 raise AlreadyExists(f'snapshot "{request.name}": already exists')
-            self._database.hold(namespace, call.lease, f"snapshots/{request.snapshotter}", request.name)
-        name = f"{namespace}/{os.urandom(8).hex()}/{request.name}"
-        pending = {(request.snapshotter, name), (request.snapshotter, key)}
-        self.pending |= pending
-        try:
-            await asyncio.to_thread(driver.commit, name, key, _for_driver(labels))
-            lost = False
-            with self._database.writing() as rows:
-                if self._row(rows, request.snapshotter, namespace, request.name) is None:
-                    rows.execute(
-                        "UPDATE snapshots SET key=?, driver_key=?, labels=?, created=?, updated=?"
-                        " WHERE snapshotter=? AND namespace=? AND key=?",
-                        (request.name, name, dump(labels), now(), now(), request.snapshotter, namespace, request.key))
-                else:
-                    lost = True
-                    rows.execute("DELETE FROM snapshots WHERE snapshotter=? AND namespace=? AND key=?",
-                                 (request.snapshotter, namespace, request.key))
-                rows.execute("DELETE FROM resources WHERE namespace=? AND type=? AND id=?",
-                             (namespace, f"snapshots/{request.snapshotter}", request.key))
-            if lost:
-                await asyncio.to_thread(driver.remove, name)
-                raise AlreadyExists(f'snapshot "{request.name}": already exists')
-        finally:
-            self.pending -= pending
-        self._exchange.publish(namespace, "/snapshot/commit", pb.snapshot_events.SnapshotCommit(
-            key=request.key, name=request.name, snapshotter=request.snapshotter))
+
+        await self._run(commit)
+        self._publish(namespace, "/snapshot/commit", pb.snapshot_events.SnapshotCommit(
+            key=request.key, name=request.name, snapshotter=snapshotter))
         return Empty()
 
     async def Remove(self, request: Any, call: Call) -> Empty:
-        """Raises NotFound, FailedPrecondition while others have it as parent."""
-        namespace, driver = call.required_namespace(), self.driver(request.snapshotter)
+        """It is gone when this returns; the disk is cleaned soon after. Raises NotFound, FailedPrecondition for a parent."""
+        namespace, snapshotter = call.required_namespace(), request.snapshotter
+        self.driver(snapshotter)
         with self._database.writing() as rows:
-            row = self._row(rows, request.snapshotter, namespace, request.key)
-            if row is None:
+            if self._row(rows, snapshotter, namespace, request.key) is None:
                 raise NotFound(f"snapshot {request.key} does not exist: not found")
             if rows.execute("SELECT 1 FROM snapshots WHERE snapshotter=? AND namespace=? AND parent=? LIMIT 1",
-                            (request.snapshotter, namespace, request.key)).fetchone():
+                            (snapshotter, namespace, request.key)).fetchone():
                 raise FailedPrecondition("cannot remove snapshot with child: failed precondition")
             rows.execute("DELETE FROM snapshots WHERE snapshotter=? AND namespace=? AND key=?",
-                         (request.snapshotter, namespace, request.key))
-            rows.execute("DELETE FROM resources WHERE namespace=? AND type=? AND id=?",
-                         (namespace, f"snapshots/{request.snapshotter}", request.key))
-            self._database.deletions += 1
-        self._exchange.publish(namespace, "/snapshot/remove", pb.snapshot_events.SnapshotRemove(
-            key=request.key, snapshotter=request.snapshotter))
-        await asyncio.to_thread(driver.remove, row[0])
-        self._collect(False)
+                         (snapshotter, namespace, request.key))
+            self._database.release(namespace, call.lease, f"snapshots/{snapshotter}", request.key)
+            self._database.soil(f"snapshots/{snapshotter}")
+        self._publish(namespace, "/snapshot/remove", pb.snapshot_events.SnapshotRemove(
+            key=request.key, snapshotter=snapshotter))
         return Empty()
 
     async def Stat(self, request: Any, call: Call) -> Any:
         """Raises NotFound."""
-        driver, key = self._known(request.snapshotter, call, request.key)
-        kind = driver.stat(key).kind
-        return pb.snapshots.StatSnapshotResponse(info=self._info(request.snapshotter, call.namespace, request.key, kind))
+        self.driver(request.snapshotter)
+        return pb.snapshots.StatSnapshotResponse(info=self._info(request.snapshotter, call.required_namespace(), request.key))
 
     async def Update(self, request: Any, call: Call) -> Any:
         """The labels, or those that the mask names. Raises NotFound, InvalidArgument."""
-        given = request.info
-        driver, key = self._known(request.snapshotter, call, given.name)
+        given, snapshotter = request.info, request.snapshotter
+        driver, key = self._known(snapshotter, call, given.name)
         with self._database.writing() as rows:
-            row = self._row(rows, request.snapshotter, call.namespace, given.name)
+            row = self._row(rows, snapshotter, call.namespace, given.name)
             if row is None:
                 raise NotFound(f"snapshot {given.name} does not exist: not found")
-            labels = load(row[4])
-            for path in list(request.update_mask.paths) or ["labels"]:
-                if path == "labels":
-                    labels = dict(given.labels)
-                elif path.startswith("labels."):
-                    name = path.removeprefix("labels.")
-                    labels[name] = given.labels.get(name, "")
-                else:
-                    raise InvalidArgument(f'cannot update "{path}" field on snapshot "{given.name}": invalid argument')
-            labels = {name: value for name, value in labels.items() if value}
-            check_labels(labels)
+            before = load(row[5])
+            labels = changed_labels(before, given.labels, request.update_mask.paths, f'snapshot "{given.name}"')
             rows.execute("UPDATE snapshots SET labels=?, updated=? WHERE snapshotter=? AND namespace=? AND key=?",
-                         (dump(labels), now(), request.snapshotter, call.namespace, given.name))
-            self._database.deletions += 1
-        if any(name.startswith(DRIVER_LABELS) for name in labels):
-            driver.update(DriverInfo(key, labels=_for_driver(labels)), ())
-        kind = driver.stat(key).kind
-        return pb.snapshots.UpdateSnapshotResponse(info=self._info(request.snapshotter, call.namespace, given.name, kind))
+                         (dump(labels), now(), snapshotter, call.namespace, given.name))
+        if _for_driver(before) != _for_driver(labels):
+            await self._run(driver.update, DriverInfo(key, labels=_for_driver(labels)), ())
+        return pb.snapshots.UpdateSnapshotResponse(info=self._info(snapshotter, call.namespace, given.name))
 
     async def List(self, request: Any, call: Call) -> AsyncIterator[Any]:
-        """Those that pass one of the filters, a hundred in a message. Raises NotFound for the snapshotter, InvalidArgument."""
-        namespace, driver = call.required_namespace(), self.driver(request.snapshotter)
+        """Those that pass one of the filters, a hundred in a message. Raises InvalidArgument."""
+        namespace = call.required_namespace()
+        self.driver(request.snapshotter)
         accept = parse_all(request.filters)
         with self._database.reading() as rows:
             found = rows.execute(
-                "SELECT key, driver_key, parent, created, updated, labels FROM snapshots WHERE snapshotter=? AND namespace=?"
+                "SELECT key, parent, kind, created, updated, labels FROM snapshots WHERE snapshotter=? AND namespace=?"
                 " ORDER BY key", (request.snapshotter, namespace)).fetchall()
-        kinds = {info.name: info.kind for info in driver.walk()} if found else {}
         batch: list[Any] = []
-        for key, driver_key, parent, created, updated, text in found:
-            if driver_key not in kinds:
-                continue  # removed meanwhile
-            info = _message(key, parent, kinds[driver_key], created, updated, load(text))
+        for key, parent, kind, created, updated, text in found:
+            info = _message(key, parent, kind, created, updated, load(text))
             if not accept(lambda path, info=info: _field(info, path)):  # type: ignore[misc]
                 continue
             batch.append(info)
@@ -224,19 +234,26 @@ class Snapshots:
     async def Usage(self, request: Any, call: Call) -> Any:
         """Raises NotFound."""
         driver, key = self._known(request.snapshotter, call, request.key)
-        usage = await asyncio.to_thread(driver.usage, key)
+        usage = await self._run(driver.usage, key)
         return pb.snapshots.UsageResponse(size=usage.size, inodes=usage.inodes)
 
     async def Cleanup(self, request: Any, call: Call) -> Empty:
         """Take away what belongs to no snapshot."""
-        await asyncio.to_thread(self.driver(request.snapshotter).cleanup)
+        await self._run(self.driver(request.snapshotter).cleanup)
         return Empty()
 
-    # --- for callers in this process
+    # For callers in this process.
 
     def driver_key(self, snapshotter: str, call: Call, key: str) -> str:
         """The driver's name for a snapshot. Raises NotFound."""
         return self._known(snapshotter, call, key)[1]
+
+    def close(self) -> None:
+        """Wait for what drivers are doing."""
+        self._threads.shutdown()
+
+    async def _run(self, function: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
     def _known(self, snapshotter: str, call: Call, key: str) -> tuple[Driver, str]:
         namespace, driver = call.required_namespace(), self.driver(snapshotter)
@@ -246,22 +263,58 @@ class Snapshots:
             raise NotFound(f"snapshot {key} does not exist: not found")
         return driver, row[0]
 
-    def _row(self, rows: Any, snapshotter: str, namespace: str, key: str) -> tuple[str, str, int, int, str] | None:
-        found: tuple[str, str, int, int, str] | None = rows.execute(
-            "SELECT driver_key, parent, created, updated, labels FROM snapshots WHERE snapshotter=? AND namespace=? AND key=?",
-            (snapshotter, namespace, key)).fetchone()
+    def _row(self, rows: sqlite3.Connection, snapshotter: str, namespace: str, key: str) -> Row | None:
+        found: Row | None = rows.execute(
+            "SELECT driver_key, parent, kind, created, updated, labels FROM snapshots WHERE snapshotter=? AND namespace=?"
+            " AND key=?", (snapshotter, namespace, key)).fetchone()
         return found
 
-    def _info(self, snapshotter: str, namespace: str, key: str, kind: int) -> Any:
+    def _info(self, snapshotter: str, namespace: str, key: str) -> Any:
         with self._database.reading() as rows:
             row = self._row(rows, snapshotter, namespace, key)
         if row is None:
             raise NotFound(f"snapshot {key} does not exist: not found")
-        return _message(key, row[1], kind, row[2], row[3], load(row[4]))
+        return _message(key, row[1], row[2], row[3], row[4], load(row[5]))
+
+
+def finish_commit(database: Database, snapshotter: str, driver_key: str) -> bool:
+    """Let the rows say what the driver has committed; False when the name was taken meanwhile (the snapshot is garbage then)."""
+    kind = f"snapshots/{snapshotter}"
+    with database.writing() as rows:
+        [(namespace, key, name, labels, lease)] = rows.execute(
+            "DELETE FROM commits WHERE snapshotter=? AND driver_key=? RETURNING namespace, key, name, labels, lease",
+            (snapshotter, driver_key)).fetchall()
+        rows.execute("DELETE FROM resources WHERE namespace=? AND type=? AND id=?", (namespace, kind, key))
+        parents = rows.execute("DELETE FROM snapshots WHERE snapshotter=? AND namespace=? AND key=? RETURNING parent",
+                               (snapshotter, namespace, key)).fetchall()
+        at, done = now(), False
+        if parents:  # otherwise it was removed meanwhile
+            done = rows.execute(
+                "INSERT OR IGNORE INTO snapshots VALUES (?,?,?,?,?,?,?,?,?)",
+                (snapshotter, namespace, name, driver_key, parents[0][0], COMMITTED, at, at, labels)).rowcount == 1
+        if not done:
+            database.soil(kind)
+        if rows.execute("SELECT 1 FROM leases WHERE namespace=? AND id=?", (namespace, lease)).fetchone():
+            database.hold(namespace, lease, kind, name)
+    return done
+
+
+def finish_commits(database: Database, drivers: Mapping[str, Driver]) -> None:
+    """At the start: bring to their end the commits that a driver has done and the rows do not say."""
+    with database.writing() as rows:
+        for snapshotter, driver_key in rows.execute("SELECT snapshotter, driver_key FROM commits").fetchall():
+            if snapshotter not in drivers:
+                continue
+            try:
+                drivers[snapshotter].stat(driver_key)
+            except NotFound:
+                rows.execute("DELETE FROM commits WHERE snapshotter=? AND driver_key=?", (snapshotter, driver_key))
+            else:
+                finish_commit(database, snapshotter, driver_key)
 
 
 def _for_driver(labels: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in labels.items() if key.startswith(DRIVER_LABELS)}
+    return {key: value for key, value in labels.items() if key == TARGET or key.startswith(DRIVER_LABELS)}
 
 
 def _mount(mount: Mount) -> Any:

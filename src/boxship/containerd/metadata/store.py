@@ -15,10 +15,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from boxship.containerd.events import Exchange
-from boxship.containerd.metadata.content import Content
+from boxship.containerd.metadata.content import Content, Contents
 from boxship.containerd.metadata.database import Database
-from boxship.containerd.metadata.gc import Collector
+from boxship.containerd.metadata.gc import Collector, Scheduler, configured
 from boxship.containerd.metadata.leases import Leases
+from boxship.containerd.metadata.publisher import Publisher
 from boxship.containerd.metadata.records import Containers, Images, SandboxStore
 from boxship.containerd.metadata.snapshots import Snapshots
 from boxship.containerd.namespaces import Namespaces
@@ -35,38 +36,41 @@ class Metadata:
     def __init__(
         self, root: str, exchange: Exchange, drivers: Mapping[str, Driver], tables: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        """`drivers` become this object's own. `tables` may have `content.sharing_policy`: "shared" (the default) or "isolated".
+        """`drivers` become this object's own. An event loop must run. `tables` may have
+        `content.sharing_policy`, "shared" (the default) or "isolated", and `gc` (see `Schedule`).
 
         Raises InvalidArgument for another policy, and what the database and the files raise.
         """
         policy = (tables or {}).get("content", {}).get("sharing_policy", SHARED)
         if policy not in (SHARED, ISOLATED):
             raise InvalidArgument(f'content.sharing_policy must be "{SHARED}" or "{ISOLATED}", not {policy!r}')
+        publish = Publisher(exchange.publish)
         self.drivers = drivers
         self.database = Database(os.path.join(root, "metadata.db"))
         self.files = ContentStore(os.path.join(root, "content"))
-        self.collector = Collector(self.database, self.files, drivers)
-        collect = self.collector.request
-        snapshots = Snapshots(self.database, drivers, exchange, collect)
-        self.collector.pending = snapshots.pending
+        self.collector = Collector(self.database, self.files, drivers, publish)
+        self.scheduler = Scheduler(self.database, self.collector, configured((tables or {}).get("gc", {})))
+        self.snapshots = Snapshots(self.database, drivers, publish)
+        contents = Contents(self.database, self.files, publish, policy == SHARED)
         self.services: dict[str, Any] = {
             "namespaces": Namespaces(self.database, exchange),
             "containers": Containers(self.database, exchange),
-            "images": Images(self.database, exchange, collect),
-            "content": Content(self.database, self.files, exchange, collect, policy == SHARED),
-            "leases": Leases(self.database, collect, lambda: drivers),
-            "snapshots": snapshots,
-            "sandbox_store": SandboxStore(self.database, exchange),
+            "images": Images(self.database, exchange, self.scheduler.collect),
+            "content": Content(contents),
+            "leases": Leases(self.database, self.scheduler.collect),
+            "snapshots": self.snapshots,
+            "sandbox_store": SandboxStore(self.database),
         }
 
     async def start(self) -> None:
         """Bring rows and files to agree after a crash, then begin to collect."""
         await asyncio.to_thread(self.collector.reconcile)
-        self.collector.start()
+        self.scheduler.start()
 
     async def close(self) -> None:
-        """Let a collection end, then let go of everything."""
-        await self.collector.stop()
+        """Let a collection end, then let go of everything. A second time does nothing."""
+        await self.scheduler.stop()
+        await asyncio.to_thread(self.snapshots.close)
         for driver in self.drivers.values():
             driver.close()
         self.database.close()
