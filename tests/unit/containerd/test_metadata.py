@@ -388,7 +388,7 @@ def test_an_update_changes_what_its_mask_names(tmp_path):
         with pytest.raises(InvalidArgument, match='cannot update "runtime" field'):
             await daemon.containers.Update(request, CALL)
         del request.update_mask.paths[:]
-        with pytest.raises(InvalidArgument, match="Runtime.Name field is immutable"):
+        with pytest.raises(InvalidArgument, match="Name field is immutable"):
             await daemon.containers.Update(request, CALL)
         for filters, names in ((['labels."a.b"==3'], ["c"]), (["labels.a.b==3,id==d"], []), (["image==i", "id==x"], ["c"])):
             listed = await daemon.containers.List(pb.containers.ListContainersRequest(filters=filters), CALL)
