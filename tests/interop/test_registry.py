@@ -34,36 +34,13 @@ from boxship.oci import reference
 from boxship.oci.image import Descriptor
 from support.archives import OCI_LAYER, Layout, digest_of, layer
 from support.blobs import MemoryStore
+from support.docker_registry import Server
 from support.peers import needs
 
 ONE, BIG = layer(etc__one=b"1" * 2000), layer(big=os.urandom(6_000_000))
 LIMITS = Limits(connect_s=5, stall_s=5, answer_s=20, attempts=4, backoff_s=0.05, backoff_max_s=0.1)
 PASSWORD = "secret word"
 HASHED = "$2y$04$KK3IfZnL31qxSGmCjIXA2Or7FvYvrwYiEQXePD58239xzaj2aiIaK"
-
-
-class Server:
-    """A docker-registry with a configuration, and files of its own."""
-
-    def __init__(self, directory: Path, http: str = "", more: str = "") -> None:
-        self.directory = directory
-        self.socket = directory / "registry.sock"
-        config = directory / "registry.yml"
-        config.write_text(
-            f"version: 0.1\nlog: {{level: warn}}\nstorage:\n  filesystem: {{rootdirectory: {directory}/data}}\n  delete: {{enabled: true}}\n"
-            f"http:\n  net: unix\n  addr: {self.socket}\n  relativeurls: true\n{http}{more}"
-        )
-        self.log = directory / "registry.log"
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(["docker-registry", "serve", str(config)], stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-        end = time.monotonic() + 20
-        while not self.socket.exists():
-            assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
-            time.sleep(0.02)
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait()
 
 
 class Relay:
