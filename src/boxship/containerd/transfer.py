@@ -39,7 +39,7 @@ from boxship.images.export import Saved
 from boxship.images.hosts import DOCKER_HUB, DOCKER_HUB_SERVER, Configuration
 from boxship.images.progress import Callback, Progress
 from boxship.images.service import platform_from_message, to_message
-from boxship.images.transfer import Images, tell
+from boxship.images.transfer import CLIENTS_ORDER, Images, tell
 from boxship.kit.errors import InvalidArgument, NotFound, Unavailable, Unsupported
 from boxship.oci.image import ANNOTATION_REF_NAME, Descriptor, Platform
 
@@ -84,7 +84,7 @@ class Transfer:
         async with self._logging(source.resolver, call) as trace:
             await self._images.pull(
                 source.reference, call, wanted=_platforms(store.platforms), unpack=bool(store.unpacks),
-                unpacks=[(platform_from_message(each.platform), each.snapshotter) for each in store.unpacks],
+                unpacks=await self._unpacks(store, call),
                 credentials=self._credentials(source, call), registries=self._registries(source.resolver), callback=callback,
                 record=record, all_metadata=store.all_metadata, trace=trace,
             )
@@ -116,7 +116,7 @@ class Transfer:
         try:
             await self._images.load(
                 received(stream), call, wanted=_platforms(store.platforms), unpack=bool(store.unpacks),
-                unpacks=[(platform_from_message(each.platform), each.snapshotter) for each in store.unpacks],
+                unpacks=await self._unpacks(store, call),
                 compress=source.force_compress, callback=callback, record=record,
             )
         finally:
@@ -134,7 +134,7 @@ class Transfer:
                 wanted = []
             async for piece in self._images.save(
                 images, call, wanted=wanted, docker=not destination.skip_compatibility_manifest,
-                distributable_only=destination.skip_non_distributable, callback=callback,
+                distributable_only=destination.skip_non_distributable, keep_index=True, callback=callback,
             ):
                 await sender.write(piece)
         finally:
@@ -145,6 +145,12 @@ class Transfer:
         async with self._images.leased(call) as leased:
             target = await self._images.target(source.name, leased)
             await self._record(target, store, leased, callback)
+
+    async def _unpacks(self, store: Any, call: Call) -> list[tuple[Platform, str]]:
+        return [
+            (platform_from_message(each.platform), await self._images.snapshotter(call, each.snapshotter, CLIENTS_ORDER))
+            for each in store.unpacks
+        ]
 
     async def _names(self, store: Any) -> list[str]:
         names = [store.name] if store.name else []

@@ -63,14 +63,16 @@ class _Plan:
 
 async def export(
     blobs: Blobs, images: Sequence[Saved], *, wanted: Sequence[Platform] | None = None, docker: bool = True,
-    distributable_only: bool = False, callback: Callback | None = None,
+    distributable_only: bool = False, keep_index: bool = False, callback: Callback | None = None,
 ) -> AsyncIterator[bytes]:
     """The archive, piece by piece. Nothing is yielded before it is certain that all content is there.
 
-    `wanted`: these platforms; empty: all, and all of them must be there; None: all that are there. Raises NotFound when content
-    is missing, DataLoss when the store's content is not what its digest says.
+    `wanted`: these platforms; empty: all, and all of them must be there; None: all that are there. `keep_index`: an index of
+    which one platform is wanted stays what the name stands for, as containerd has it; otherwise that one image takes its
+    place, since an index that names what is not there is of little use to most readers. Raises NotFound when content is
+    missing, DataLoss when the store's content is not what its digest says.
     """
-    plan = await _plan(blobs, images, wanted, distributable_only=distributable_only)
+    plan = await _plan(blobs, images, wanted, distributable_only=distributable_only, keep_index=keep_index)
     yield _file(LAYOUT_FILE, text.dumps({"imageLayoutVersion": LAYOUT_VERSION}).encode())
     index = Index(schema_version=2, media_type=MEDIA_TYPE_INDEX, manifests=plan.top)
     yield _file(LAYOUT_INDEX, text.dumps(index.encode()).encode())
@@ -108,7 +110,7 @@ async def _blob(blobs: Blobs, descriptor: Descriptor, callback: Callback | None)
 
 
 async def _plan(
-    blobs: Blobs, images: Sequence[Saved], wanted: Sequence[Platform] | None, *, distributable_only: bool
+    blobs: Blobs, images: Sequence[Saved], wanted: Sequence[Platform] | None, *, distributable_only: bool, keep_index: bool
 ) -> _Plan:
     plan = _Plan()
     for image in images:
@@ -118,8 +120,7 @@ async def _plan(
         found = await _Walk(blobs, plan, wanted, distributable_only=distributable_only).walk(target, required=True)
         if not found:
             raise NotFound(f"{target.digest}: no image of it for the platforms that are wanted is in the store")
-        # An index of which one image is wanted is saved as that image: an index that names what is not there is of little use.
-        single = wanted is not None and len(wanted) == 1 and len(found) == 1
+        single = not keep_index and wanted is not None and len(wanted) == 1 and len(found) == 1
         shown = found[0][0] if single and media.is_index(target.media_type) else target
         if shown is not target:
             plan.blobs.pop(target.digest, None)

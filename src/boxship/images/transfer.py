@@ -37,8 +37,10 @@ LEASE_HOURS = 24
 DEFAULT_SNAPSHOTTER_LABEL = "containerd.io/defaults/snapshotter"
 
 _SNAPSHOTTER_TYPE = "io.containerd.snapshotter.v1"
-_OWN_ORDER = ("erofs", "overlayfs", "native")
-_FOREIGN_ORDER = ("overlayfs", "native")
+OWN_ORDER = ("erofs", "overlayfs", "native")
+"""Snapshotters of ours, the best first."""
+CLIENTS_ORDER = ("overlayfs", "native")
+"""What clients of containerd mean when they name none: that is where they look for the snapshots afterwards."""
 
 
 @dataclass(frozen=True)
@@ -179,13 +181,14 @@ class Images:
 
     async def save(
         self, images: Sequence[Saved], call: Call, *, wanted: Sequence[Platform] | None = None, docker: bool = True,
-        distributable_only: bool = False, callback: Callback | None = None,
+        distributable_only: bool = False, keep_index: bool = False, callback: Callback | None = None,
     ) -> AsyncIterator[bytes]:
         """An archive of the images, piece by piece; see `export`."""
         async with self.leased(call) as leased:
             store = blobs(self.containerd.content, leased)
             async for piece in export(
-                store, images, wanted=wanted, docker=docker, distributable_only=distributable_only, callback=callback
+                store, images, wanted=wanted, docker=docker, distributable_only=distributable_only, keep_index=keep_index,
+                callback=callback,
             ):
                 yield piece
 
@@ -259,8 +262,8 @@ class Images:
             except NotFound:
                 pass
 
-    async def snapshotter(self, call: Call, given: str = "") -> str:
-        """The snapshotter to use: the one that is given, the configured one, the namespace's, the best that there is."""
+    async def snapshotter(self, call: Call, given: str = "", order: Sequence[str] = ()) -> str:
+        """The snapshotter to use: the given, the configured, the namespace's, or the first of `order` that is there."""
         if given or self.config.snapshotter:
             return given or self.config.snapshotter
         try:
@@ -274,7 +277,7 @@ class Images:
         plugins = (await self.containerd.introspection.Plugins(request, call)).plugins
         there = [plugin.id for plugin in plugins if plugin.type == _SNAPSHOTTER_TYPE and not plugin.init_err.code]
         own = callable(getattr(self.containerd.content, "store", None))
-        for name in _OWN_ORDER if own else _FOREIGN_ORDER:
+        for name in order or (OWN_ORDER if own else CLIENTS_ORDER):
             if name in there:
                 return name
         raise NotFound(f"no usable snapshotter; there are {', '.join(there) or 'none'}")

@@ -398,6 +398,11 @@ def test_one_platform_is_saved_as_an_image_of_its_own(stored: tuple[MemoryStore,
     [entry] = json.loads(members_of(data)["index.json"])["manifests"]
     assert entry["digest"] == both[0]["digest"]
     assert f"blobs/sha256/{index.digest[7:]}" not in members_of(data)
+    kept = save(store, [Saved(index, ["docker.io/library/app:1"])], wanted=[platforms.parse("linux/arm64")], keep_index=True)
+    [entry] = json.loads(members_of(kept)["index.json"])["manifests"]
+    assert entry["digest"] == index.digest
+    assert names(load(MemoryStore(), kept)) == ["docker.io/library/app:1"]
+    assert f"blobs/sha256/{both[1]['digest'][7:]}" not in members_of(kept)
     with pytest.raises(NotFound, match="no image of it"):
         save(store, [Saved(index)], wanted=[platforms.parse("linux/s390x")])
 
