@@ -61,6 +61,9 @@ class Leases:
         self.held[request.id] = dict(request.labels)
         return pb.leases.CreateResponse(lease=pb.leases.Lease(id=request.id))
 
+    async def List(self, request, call):
+        return pb.leases.ListResponse(leases=[pb.leases.Lease(id=name, labels=labels) for name, labels in self.held.items()])
+
     async def Delete(self, request, call):
         if self.held.pop(request.id, None) is None:
             raise NotFound(f'lease "{request.id}": not found')
@@ -109,6 +112,9 @@ class Diff:
 
 
 class Namespaces:
+    async def List(self, request, call):
+        return pb.namespaces.ListNamespacesResponse(namespaces=[pb.namespaces.Namespace(name="default")])
+
     async def Get(self, request, call):
         return pb.namespaces.GetNamespaceResponse(namespace=pb.namespaces.Namespace(name=request.name))
 

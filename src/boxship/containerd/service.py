@@ -107,9 +107,11 @@ async def open(  # noqa: A001 - as one opens a store
     streams = Streams()
     services.streaming = Streaming(streams)
     moving = configure(parts.get("images", {}), parts.get("registry", {}), _warned)
-    services.transfer = Transfer(Images(services, moving), streams)
+    images = Images(services, moving)
+    services.transfer = Transfer(images, streams)
     services.introspection = Introspection(root, lambda: _plugins(services, metadata), runtime_info)
     await metadata.start()
+    await images.settle()
     await shims.load()
 
     async def close() -> None:

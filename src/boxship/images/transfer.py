@@ -7,6 +7,7 @@ record that names the image is written last, so that a name never stands for hal
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -34,6 +35,8 @@ from boxship.oci import reference
 from boxship.oci.image import ANNOTATION_REF_NAME, MAX_MANIFEST, Descriptor, Index, Manifest, Platform, decode_manifest
 
 LEASE_HOURS = 24
+OWNER_LABEL = "boxship.io/transfer.process"
+"""Of a lease: the process whose work it holds together. What a process leaves that was killed is of no use to anybody."""
 DEFAULT_SNAPSHOTTER_LABEL = "containerd.io/defaults/snapshotter"
 
 _SNAPSHOTTER_TYPE = "io.containerd.snapshotter.v1"
@@ -252,8 +255,8 @@ class Images:
             return
         expires = datetime.now(UTC) + timedelta(hours=LEASE_HOURS)
         lease = f"boxship-{secrets.token_hex(8)}"
-        await self.containerd.leases.Create(pb.leases.CreateRequest(
-            id=lease, labels={"containerd.io/gc.expire": expires.strftime("%Y-%m-%dT%H:%M:%SZ")}), call)
+        labels = {"containerd.io/gc.expire": expires.strftime("%Y-%m-%dT%H:%M:%SZ"), OWNER_LABEL: _process(os.getpid())}
+        await self.containerd.leases.Create(pb.leases.CreateRequest(id=lease, labels=labels), call)
         try:
             yield Call(call.namespace, lease, call.timeout)
         finally:
@@ -261,6 +264,18 @@ class Images:
                 await self.containerd.leases.Delete(pb.leases.DeleteRequest(id=lease), call)
             except NotFound:
                 pass
+
+    async def settle(self) -> int:
+        """Let go of what pulls and loads of processes held that are gone; returns how many leases that were."""
+        count = 0
+        for namespace in (await self.containerd.namespaces.List(pb.namespaces.ListNamespacesRequest(), Call())).namespaces:
+            call = Call(namespace.name)
+            for lease in (await self.containerd.leases.List(pb.leases.ListRequest(), call)).leases:
+                owner = lease.labels.get(OWNER_LABEL, "")
+                if owner and owner != _process(int(owner.partition(".")[0])):
+                    await self.containerd.leases.Delete(pb.leases.DeleteRequest(id=lease.id), call)
+                    count += 1
+        return count
 
     async def snapshotter(self, call: Call, given: str = "", order: Sequence[str] = ()) -> str:
         """The snapshotter to use: the given, the configured, the namespace's, or the first of `order` that is there."""
@@ -309,6 +324,17 @@ class Images:
             await unpacker.unpack(layers, manifest.config, config.platform(), _ready, callback)
             chains.append((chain_ids([layer.diff_id for layer in layers]) or [""])[-1])
         return chains
+
+
+def _process(pid: int) -> str:
+    """A process by its number, its start and this boot of the machine; "" when there is none of that number."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            started = file.read().rpartition(b")")[2].split()[19].decode()
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{pid}.{started}.{file.read().strip()}"
+    except OSError:
+        return ""
 
 
 async def _ready(_: Descriptor) -> None:

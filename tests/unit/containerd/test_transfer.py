@@ -18,7 +18,7 @@ from boxship.containerd.streaming import DATA_MAX, WINDOW, Streaming, Streams
 from boxship.containerd.transfer import Transfer
 from boxship.images.auth import Credentials
 from boxship.images.hosts import Configuration
-from boxship.images.transfer import Config, Images
+from boxship.images.transfer import OWNER_LABEL, Config, Images
 from boxship.images.transport import Limits
 from boxship.kit.errors import (
     AlreadyExists,
@@ -319,6 +319,21 @@ def test_a_push() -> None:
             await client(image_store("nothing/here:1"), registry_of("registry.example/x:1"))
 
     story(work)
+
+
+def test_what_a_process_held_that_is_gone_is_let_go() -> None:
+    async def run() -> None:
+        bundle = services.containerd()
+        images = Images(bundle)
+        bundle.leases.held["foreign"] = {}
+        bundle.leases.held["dead"] = {OWNER_LABEL: f"{os.getpid()}.1.another-boot"}
+        bundle.leases.held["gone"] = {OWNER_LABEL: "999999999.1.another-boot"}
+        async with images.leased(CALL) as leased:
+            assert await images.settle() == 2
+            assert set(bundle.leases.held) == {"foreign", leased.lease}
+        assert set(bundle.leases.held) == {"foreign"}
+
+    asyncio.run(run())
 
 
 # Archives.
