@@ -63,6 +63,10 @@ DOCKER_LAYER_ZSTD = "application/vnd.docker.image.rootfs.diff.tar.zstd"
 MAX_MEMBERS = 100_000
 """Of the archive itself, not of its layers."""
 JSON_LIMIT = 20 << 20
+BOMB_RATIO = 100
+"""An archive that is compressed as a whole may grow to so many times its size; images grow to a few times theirs."""
+BOMB_FREE = 1 << 30
+"""Bytes to which it may grow whatever its size."""
 
 _IGNORED = frozenset(("repositories", "version"))
 _TOLD = 4 << 20
@@ -290,7 +294,17 @@ def _inflated(pull: Callable[[int], bytes], tell: Callable[[int], None]) -> Call
         return data
 
     pieces = streams.pieces(counted)
-    return lambda: next(pieces, b"")
+    grown = 0
+
+    def following() -> bytes:
+        nonlocal grown
+        piece = next(pieces, b"")
+        grown += len(piece)
+        if grown > BOMB_FREE and grown > done * BOMB_RATIO:
+            raise InvalidArgument(f"the archive's {done} bytes grow to more than {BOMB_RATIO} times as many: a decompression bomb")
+        return piece
+
+    return following
 
 
 def _scan(bridge: _Bridge, next_piece: Callable[[], bytes]) -> _Contents:

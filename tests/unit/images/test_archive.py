@@ -277,6 +277,14 @@ def test_a_source_is_read_to_its_end_and_checked_to_its_end() -> None:
     refused(packed[:-8] + bytes(8), InvalidArgument, "gzip")
 
 
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
+def test_a_decompression_bomb_is_stopped(pack: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "BOMB_FREE", 1 << 20)
+    data = pack(tarball([("layer.tar", bytes(50 << 20))]))
+    store = refused(data, InvalidArgument, "decompression bomb")
+    assert not store.blobs
+
+
 def test_a_layer_that_is_not_the_images_is_refused() -> None:
     members = [("c", config([ONE])), ("l", TWO), ("manifest.json", b'[{"Config":"c","Layers":["l"]}]')]
     refused(tarball(members), DataLoss, "not the one that the image names")
