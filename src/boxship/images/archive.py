@@ -301,7 +301,7 @@ def _inflated(pull: Callable[[int], bytes], tell: Callable[[int], None]) -> Call
         piece = next(pieces, b"")
         grown += len(piece)
         if grown > BOMB_FREE and grown > done * BOMB_RATIO:
-            raise InvalidArgument(f"the archive's {done} bytes grow to more than {BOMB_RATIO} times as many: a decompression bomb")
+            raise InvalidArgument(f"the archive's {done} bytes grow to over {BOMB_RATIO} times as many: a decompression bomb")
         return piece
 
     return following
