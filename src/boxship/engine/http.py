@@ -200,9 +200,11 @@ class Stream:
         return self.response
 
 
-async def progress(request: web.Request, steps: AsyncIterator[dict[str, Any]]) -> web.StreamResponse:
-    """A stream of JSON objects. What fails before the first is an HTTP error; later it is an object."""
+async def progress(request: web.Request, steps: AsyncIterator[dict[str, Any]], *, at_once: bool = False) -> web.StreamResponse:
+    """A stream of JSON objects. What fails before the first is an HTTP error, later (or with `at_once`) it is an object."""
     stream = Stream(request, _DATA_JSON)
+    if at_once:
+        await stream.begin()
     try:
         async for step in steps:
             await stream.send(json.dumps(step).encode() + b"\r\n")

@@ -16,7 +16,7 @@ from boxship.engine.events import parse_filters
 from boxship.engine.http import VERSION, Routes, Stream, answer, body_of, flag, progress
 from boxship.engine.images import familiar
 from boxship.engine.transfers import changed
-from boxship.kit.errors import InvalidArgument, Unsupported
+from boxship.kit.errors import BoxshipError, InvalidArgument, Unsupported
 from boxship.oci import reference
 
 routes = Routes()
@@ -67,7 +67,8 @@ async def search(engine: Any, request: web.Request) -> web.StreamResponse:
 @routes.post("/images/load")
 async def load(engine: Any, request: web.Request) -> web.StreamResponse:
     return await progress(request, engine.transfers.load(
-        request.content.iter_chunked(1 << 20), quiet=flag(request, "quiet"), platform_text=request.query.get("platform", "")))
+        request.content.iter_chunked(1 << 20), quiet=flag(request, "quiet"), platform_text=request.query.get("platform", "")),
+        at_once=True)
 
 
 async def _save(engine: Any, request: web.Request, names: list[str]) -> web.StreamResponse:
@@ -161,12 +162,15 @@ async def commit(engine: Any, request: web.Request) -> web.StreamResponse:
     config = changed({key: value for key, value in config.items() if value}, query.getall("changes", []))
     pauses = flag(request, "pause", default=True) and container.state.running and not container.state.paused
     if pauses:
-        await engine.life.pause(container)
+        try:
+            await engine.life.pause(container)
+        except BoxshipError:
+            pauses = False  # it ended just now: nothing changes any more
     try:
         image_id = await engine.transfers.commit(
             container, query.get("repo", ""), query.get("tag", ""), query.get("comment", ""), query.get("author", ""), config)
     finally:
-        if pauses:
+        if pauses and container.state.paused:
             await engine.life.unpause(container)
     return answer({"Id": image_id}, 201)
 
