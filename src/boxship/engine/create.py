@@ -102,7 +102,7 @@ async def create(core: Core, body: Any, name: str) -> tuple[Container, list[str]
     host["CgroupnsMode"] = host["CgroupnsMode"] or ("private" if os.path.exists("/sys/fs/cgroup/cgroup.controllers") else "host")
     core.check_name(name)
     if not config["Image"]:
-        raise InvalidArgument("no image specified")
+        raise InvalidArgument("config cannot be empty in order to create a container")
     image = await core.images.get(config["Image"])
     merge(config, image)
     words = [*(config["Entrypoint"] or []), *(config["Cmd"] or [])]

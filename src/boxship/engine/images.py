@@ -27,6 +27,10 @@ from boxship.oci.image import INDEX_TYPES, MANIFEST_TYPES, Descriptor, Index, Ma
 
 DANGLING = "moby-dangling@"
 _BLOB_MAX = 8 << 20
+_LEGACY = {
+    "Hostname": "", "Domainname": "", "AttachStdin": False, "AttachStdout": False, "AttachStderr": False, "Tty": False,
+    "OpenStdin": False, "StdinOnce": False, "Image": "",
+}
 
 
 class Image:
@@ -245,8 +249,8 @@ class Images:
             "SharedSize": shared, "Size": await self.size(image),
         }
 
-    async def inspect(self, name: str) -> dict[str, Any]:
-        """As `docker image inspect` shows it."""
+    async def inspect(self, name: str, *, legacy: bool = False) -> dict[str, Any]:
+        """As `docker image inspect` shows it; `legacy` has the fields that the API lost with 1.50."""
         image = await self.get(name)
         _, records = (await self.all()).get(image.id, (image, []))
         tags, digests = shown_names(records)
@@ -258,12 +262,11 @@ class Images:
             "Created": times.rfc3339(image.created) if image.created else config.get("created") or times.ZERO,
             "DockerVersion": config.get("docker_version", ""), "Author": config.get("author", ""),
             "Config": {
-                "Hostname": "", "Domainname": "", "User": defaults.get("User", ""), "AttachStdin": False, "AttachStdout": False,
-                "AttachStderr": False,
+                **(_LEGACY if legacy else {}), "User": defaults.get("User", ""),
                 **({"ExposedPorts": defaults["ExposedPorts"]} if defaults.get("ExposedPorts") else {}),
-                "Tty": False, "OpenStdin": False, "StdinOnce": False, "Env": defaults.get("Env"), "Cmd": defaults.get("Cmd"),
+                "Env": defaults.get("Env"), "Cmd": defaults.get("Cmd"),
                 **({"Healthcheck": defaults["Healthcheck"]} if defaults.get("Healthcheck") else {}),
-                "Image": "", "Volumes": defaults.get("Volumes"), "WorkingDir": defaults.get("WorkingDir", ""),
+                "Volumes": defaults.get("Volumes"), "WorkingDir": defaults.get("WorkingDir", ""),
                 "Entrypoint": defaults.get("Entrypoint"), "OnBuild": defaults.get("OnBuild"), "Labels": defaults.get("Labels"),
                 **{key: defaults[key] for key in ("StopSignal", "Shell", "ArgsEscaped") if defaults.get(key)},
             },

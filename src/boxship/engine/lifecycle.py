@@ -25,7 +25,7 @@ from boxship.engine.health import Checker
 from boxship.engine.logs import open_log
 from boxship.engine.startup import Accounts, release_shared_memory, specification
 from boxship.engine.stdio import Streams
-from boxship.kit.errors import BoxshipError, FailedPrecondition, NotFound, Unavailable, from_os_error
+from boxship.kit.errors import BoxshipError, FailedPrecondition, InvalidArgument, NotFound, Unavailable, from_os_error
 from boxship.oci.text import dumps
 
 RESOURCES_URL = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
@@ -241,7 +241,10 @@ class Lifecycle:
 
     async def kill(self, container: Container, text: str) -> None:
         """Send a signal. Raises FailedPrecondition when it does not run."""
-        number = validate.signal(text) if text else signal.SIGKILL
+        try:
+            number = validate.signal(text) if text else signal.SIGKILL
+        except InvalidArgument as error:
+            raise InvalidArgument(f"cannot kill container: {container.name}: {error}") from None
         self._require_running(container, "cannot kill container")
         async with container.lock:
             self._require_running(container, "cannot kill container")
@@ -355,7 +358,7 @@ class Lifecycle:
         """Thaw. Raises FailedPrecondition."""
         async with container.lock:
             if not container.state.paused:
-                raise FailedPrecondition(f"container {container.id} is not paused")
+                raise FailedPrecondition(f"Container {container.id} is not paused")
             await self._core.containerd.tasks.Resume(tasks.ResumeTaskRequest(container_id=container.id), self._core.call)
             container.state.paused = False
             self._core.save(container)
@@ -378,7 +381,7 @@ class Lifecycle:
             if not force:
                 how = ("is paused and must be unpaused first" if state.paused else
                        "is running: stop the container before removing or force remove")
-                raise FailedPrecondition(f'cannot remove container "/{container.name}": container {how}')
+                raise FailedPrecondition(f'cannot remove container "{container.name}": container {how}')
             container.manually_stopped = True
             container.host["AutoRemove"] = False
             if state.restarting:

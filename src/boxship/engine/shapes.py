@@ -187,7 +187,10 @@ def member(value: Json, name: str) -> Json:
 
 def shown_config(config: dict[str, Json]) -> dict[str, Json]:
     """A container's configuration as answers have it: fields that Go's encoder leaves out when empty are left out."""
-    return {key: value for key, value in config.items() if value or key not in _SHOWN_WHEN_SET}
+    shown = {key: value for key, value in config.items() if value or key not in _SHOWN_WHEN_SET}
+    if shown.get("Healthcheck"):
+        shown["Healthcheck"] = {key: value for key, value in shown["Healthcheck"].items() if value}
+    return shown
 
 
 def shown_host(host: dict[str, Json]) -> dict[str, Json]:

@@ -72,8 +72,6 @@ def check(config: dict[str, Any], host: dict[str, Any]) -> list[str]:
         raise InvalidArgument("SHM size can not be less than 0")
     if host["OomKillDisable"] is None:
         host["OomKillDisable"] = False
-    for key in ("Dns", "DnsOptions", "DnsSearch", "BlkioWeightDevice", "Devices"):
-        host[key] = host[key] or []
     if host["Privileged"]:
         host["MaskedPaths"] = host["MaskedPaths"] or []
         host["ReadonlyPaths"] = host["ReadonlyPaths"] or []

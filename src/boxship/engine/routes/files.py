@@ -27,7 +27,7 @@ _WINDOW = 4
 def _path(request: web.Request) -> str:
     path = request.query.get("path", "")
     if not path:
-        raise InvalidArgument("missing required parameter: path")
+        raise InvalidArgument("bad parameter: path cannot be empty")
     return path
 
 

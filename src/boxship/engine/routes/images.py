@@ -101,7 +101,7 @@ async def save_one(engine: Any, request: web.Request, name: str) -> web.StreamRe
 
 @routes.get("/images/{name}/json")
 async def inspect(engine: Any, request: web.Request, name: str) -> web.StreamResponse:
-    shown = await engine.core.images.inspect(name)
+    shown = await engine.core.images.inspect(name, legacy=request[VERSION] < (1, 50))
     if request[VERSION] < (1, 44):
         shown["VirtualSize"] = shown["Size"]
     return answer(shown)
