@@ -251,6 +251,20 @@ def test_tags_are_listed_and_what_is_not_there_is_said(server: Server) -> None:
     story(server, work)
 
 
+def test_a_manifest_is_removed(server: Server) -> None:
+    async def work(client: Client) -> None:
+        target = await client.image(ONE)
+        await client.push("remove/x", target, "1")
+        repository = client.repository("remove/x")
+        await repository.delete_manifest(target.digest)
+        with pytest.raises(NotFound):
+            await client.pull("remove/x:1")
+        with pytest.raises(NotFound):
+            await repository.delete_manifest(target.digest)
+
+    story(server, work)
+
+
 def test_referrers_are_kept_under_a_tag_where_there_is_no_api(server: Server) -> None:
     async def work(client: Client) -> None:
         target = await client.image(ONE)

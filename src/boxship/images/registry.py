@@ -115,7 +115,7 @@ class Repository:
         async def get(host: Host) -> tuple[Descriptor, bytes]:
             return await self._get_manifest(host, tag_or_digest, what)
 
-        return await self._first(PULL, get)
+        return await self._first(RESOLVE, get)
 
     async def manifest(self, descriptor: Descriptor) -> bytes:
         """The bytes of a manifest or index, verified. Raises NotFound, DataLoss, ResourceExhausted and others."""
@@ -487,7 +487,7 @@ class Repository:
             task.cancel()
 
     async def delete_manifest(self, tag_or_digest: str) -> None:
-        """Remove a manifest, or a tag where the registry can. Raises NotFound, Unsupported and others."""
+        """Remove a manifest, or a tag where the registry can. Raises NotFound, InvalidArgument (it cannot) and others."""
         async with self._send(
             self._own(), "DELETE", f"manifests/{tag_or_digest}", self._shown(tag_or_digest), accepted=(200, 202),
             scopes=[f"repository:{self.name}:delete"],

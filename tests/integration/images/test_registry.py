@@ -35,7 +35,8 @@ from boxship.oci.image import Descriptor
 from support.blobs import MemoryStore
 from support.registry import INDEX, MANIFEST, Registry, descriptor, digest_of, error
 
-QUICK = Limits(connect_s=2, stall_s=0.4, answer_s=2, attempts=3, backoff_s=0.01, backoff_max_s=0.02, retry_after_max_s=2)
+QUICK = Limits(connect_s=5, stall_s=5, answer_s=5, attempts=3, backoff_s=0.01, backoff_max_s=0.02, retry_after_max_s=2)
+IMPATIENT = Limits(connect_s=0.3, stall_s=0.5, answer_s=1, attempts=3, backoff_s=0.01, backoff_max_s=0.02)
 BIG = os.urandom(3_000_000)
 
 
@@ -72,7 +73,7 @@ def story(work: Callable[[Registry, Client], Awaitable[None]], registry: Registr
     """Run a test with a registry and a client; nothing may be left of them."""
 
     async def run() -> None:
-        async with asyncio.timeout(20), registry or Registry() as server:
+        async with asyncio.timeout(40), registry or Registry() as server:
             client = Client(server, **options)
             async with client.transport:
                 await work(server, client)
@@ -582,7 +583,7 @@ def test_a_stalled_transfer_ends(after: int) -> None:
         await fails(client, Unavailable, "no answer within" if after < 0 else "stalled after")
         assert asyncio.get_running_loop().time() - begin < 12
 
-    story(work)
+    story(work, limits=IMPATIENT)
 
 
 def test_nobody_listening_is_said_plainly() -> None:
@@ -1061,7 +1062,7 @@ def test_an_upload_to_a_registry_that_takes_nothing_ends() -> None:
         with pytest.raises(Unavailable):
             await client.push("lib/new", target, "v1")
 
-    story(work, limits=Limits(connect_s=0.3, stall_s=0.3, answer_s=0.5, attempts=2, backoff_s=0.01))
+    story(work, limits=IMPATIENT)
 
 
 def test_a_failed_upload_is_cancelled() -> None:
