@@ -128,6 +128,20 @@ def test_a_task_lives_and_its_exit_code_comes_back(folder, rootfs, loop):
             *(folder / "root/io.containerd.runtime.v2.task/ns").iterdir()] == []
 
 
+def test_a_name_is_free_again_at_once(folder, rootfs, loop):
+    async def run():
+        async with Daemon(folder) as daemon:
+            daemon.record("c", spec_of(rootfs, "true"))
+            for _ in range(5):
+                await daemon.tasks.Create(t.CreateTaskRequest(container_id="c"), CALL)
+                await daemon.tasks.Start(t.StartRequest(container_id="c"), CALL)
+                await wait_stopped(daemon, "c")
+                await daemon.tasks.Delete(t.DeleteTaskRequest(container_id="c"), CALL)
+
+    run_on(loop, run())
+    assert not shims_below(folder)
+
+
 def test_methods_of_a_running_task(folder, rootfs, loop):
     async def run():
         async with Daemon(folder) as daemon:

@@ -147,6 +147,8 @@ class Shims:
         self._runtime_of = runtime_of
         self._on_gone = on_gone
         self._shims: dict[tuple[str, str], Shim] = {}
+        self._ending: dict[tuple[str, str], asyncio.Task[None]] = {}
+        """What is left to do for tasks that are deleted: a shim of the same name would meet the one that goes."""
         self._background: set[asyncio.Task[None]] = set()
         self.closing = False
         """Whether connections end because this daemon does."""
@@ -176,6 +178,8 @@ class Shims:
         """
         if (namespace, id) in self._shims:
             raise AlreadyExists(f"task {id}: already exists")
+        if (namespace, id) in self._ending:
+            await asyncio.wait([self._ending[namespace, id]])
         bundle = bundles.create(self._root, self._state, namespace, id, config)
         shim = Shim(bundle, join or Endpoint(""), Launch(bundle, runtime, options))
         try:
@@ -220,18 +224,24 @@ class Shims:
     # --- end
 
     async def remove(self, shim: Shim, shutdown: bool = True) -> None:
-        """Forget a task that its shim has deleted: the shim is told to go (`shutdown`), and the bundle is removed."""
-        self._shims.pop((shim.bundle.namespace, shim.bundle.id), None)
-        if shutdown:
-            await self._shutdown(shim)
-        shim.disconnect()
+        """Forget a task that its shim has deleted: the shim is told to go (`shutdown`), and the bundle is removed.
+
+        Nobody has to wait for that but the next one of the same name.
+        """
+        key = (shim.bundle.namespace, shim.bundle.id)
+        self._shims.pop(key, None)
+        self._ending[key] = self.spawn(self._finish(shim, shutdown), f"end of {shim.bundle.id}")
+
+    async def _finish(self, shim: Shim, shutdown: bool) -> None:
         try:
-            hidden = shim.bundle.hide()
-        except OSError as error:
-            log.error("bundle of %s: %s", shim.bundle.id, error)
-            return
-        self.spawn(asyncio.to_thread(bundles.remove_hidden, hidden), f"remove bundle {shim.bundle.id}")
-        await self._gone(shim)
+            shim.abandoned = True
+            if shutdown:
+                await self._shutdown(shim)
+            shim.disconnect()
+            await asyncio.to_thread(shim.bundle.delete)
+            await self._gone(shim)
+        finally:
+            self._ending.pop((shim.bundle.namespace, shim.bundle.id), None)
 
     async def _shutdown(self, shim: Shim) -> None:
         if shim.sandboxed:
@@ -371,7 +381,7 @@ class Shims:
 
     # --- work that nobody waits for
 
-    def spawn(self, work: Any, what: str) -> None:
+    def spawn(self, work: Any, what: str) -> asyncio.Task[None]:
         """Run a coroutine; what it raises is logged."""
         async def run() -> None:
             try:
@@ -382,11 +392,12 @@ class Shims:
         task = asyncio.get_running_loop().create_task(run(), name=what)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        return task
 
     async def close(self) -> None:
-        """Let go of the shims, which live on."""
+        """Let go of the shims, which live on; what is at its end is ended first."""
+        if self._background:
+            await asyncio.wait(self._background, timeout=CLOSE_GRACE_S)
         self.closing = True
         for shim in self._shims.values():
             shim.disconnect()
-        if self._background:
-            await asyncio.wait(self._background, timeout=CLOSE_GRACE_S)
