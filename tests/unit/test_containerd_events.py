@@ -37,6 +37,23 @@ def test_a_subscriber_that_does_not_read_is_let_go_and_told():
     assert asyncio.run(run()) == (2, 5)
 
 
+def test_ends_of_tasks_wait_for_subscribers_after_a_start():
+    async def run():
+        exchange = Exchange(replay_s=0.2)
+        for topic, event in (("/tasks/start", pb.task_events.TaskStart()), ("/tasks/exit", pb.task_events.TaskExit(exit_status=6))):
+            exchange.publish("a", topic, event)
+        first, other = exchange.subscribe(["namespace==a"]), exchange.subscribe(["namespace==b"])
+        await asyncio.sleep(0.25)
+        late = exchange.subscribe()
+        seen = []
+        for subscription in (first, other, late):
+            subscription.close()
+            seen.append([envelope.topic async for envelope in subscription])
+        return seen
+
+    assert asyncio.run(run()) == [["/tasks/exit"], [], []]
+
+
 def test_the_service_gives_a_subscription_up_with_its_call():
     async def run():
         exchange = Exchange()

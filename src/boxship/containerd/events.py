@@ -2,7 +2,8 @@
 
 Runs in: the daemon, on its event loop.
 Spec: containerd's events service; topics `/tasks/exit` and the like. There is no history: a subscriber sees what is published
-after its first step.
+after its first step. The one exception are the first seconds of a daemon: shims that waited for it are quicker than
+subscribers, who have to find out first that it is back, and an exit that nobody heard is lost to them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ log = logging.getLogger("boxship.events")
 
 # A subscriber that does not read is told so and let go, before what waits for it fills the memory.
 WAITING_MAX = 65536
+
+# How long after the start ends of tasks are kept for those who come.
+REPLAY_S = 30.0
+REPLAYED = frozenset(("/tasks/exit", "/tasks/oom", "/tasks/delete"))
+REPLAY_MAX = 4096
 
 
 def check_topic(topic: str) -> None:
@@ -122,8 +128,10 @@ class Subscription:
 class Exchange:
     """Takes events and gives each to the subscribers whose filter it passes."""
 
-    def __init__(self) -> None:
+    def __init__(self, replay_s: float = REPLAY_S) -> None:
         self._subscriptions: set[Subscription] = set()
+        self._replay_until = time.monotonic() + replay_s
+        self._early: deque[Any] = deque(maxlen=REPLAY_MAX)
 
     def publish(self, namespace: str, topic: str, event: Message) -> None:
         """Publish `event` now. Raises InvalidArgument."""
@@ -137,15 +145,29 @@ class Exchange:
         check_topic(envelope.topic)
         if not envelope.HasField("timestamp"):
             raise InvalidArgument("timestamp must be set on forwarded event: invalid argument")
+        if envelope.topic in REPLAYED and self._replays():
+            self._early.append(envelope)
         log.debug("event %s", envelope.topic, extra={"namespace": envelope.namespace})
         for subscription in list(self._subscriptions):
             subscription.offer(envelope)
 
     def subscribe(self, filters: Iterable[str] = (), limit: int = WAITING_MAX) -> Subscription:
-        """From now on, every envelope that passes one of the filters. Raises InvalidArgument."""
+        """From now on, every envelope that passes one of the filters; soon after the start also the ends of tasks until then.
+
+        Raises InvalidArgument.
+        """
         made = Subscription(self, parse_all(filters), limit)
         self._subscriptions.add(made)
+        if self._replays():
+            for envelope in self._early:
+                made.offer(envelope)
         return made
+
+    def _replays(self) -> bool:
+        if time.monotonic() < self._replay_until:
+            return True
+        self._early.clear()
+        return False
 
     def knows(self, subscription: Subscription) -> bool:
         """Whether the subscription still gets events."""

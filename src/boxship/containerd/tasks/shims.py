@@ -6,7 +6,7 @@ Spec: containerd's runtime v2. A shim outlives the daemon. What is known about i
     start                  bundle made → shim started → bootstrap.json written → connected → task created
     restart of the daemon  each bundle: bootstrap.json read → connected → the shim asked for its task
     connection lost        the shim is dead: `delete` kills what is left of the container and tells its exit, which is published
-    bundle without a shim  the same, without anybody to tell
+    bundle without a shim  the same
 
 The order is such that a daemon killed at any point leaves a bundle that the next one can finish: a shim without a task is
 shut down.
@@ -271,11 +271,15 @@ class Shims:
         if not shim.exit.done():
             shim.exit.set_result(exited)
         if known:
-            self._exchange.publish(namespace, "/tasks/exit", pb.events.TaskExit(
-                container_id=id, id=id, pid=exited.pid, exit_status=exited.exit_status, exited_at=exited.exited_at))
-            self._exchange.publish(namespace, "/tasks/delete", pb.events.TaskDelete(
-                container_id=id, pid=exited.pid, exit_status=exited.exit_status, exited_at=exited.exited_at))
+            self._tell(shim, exited)
             await self._gone(shim)
+
+    def _tell(self, shim: Shim, exited: Any) -> None:
+        """Publish the end of a task in the place of its shim."""
+        namespace, id = shim.bundle.namespace, shim.bundle.id  # noqa: A001 - the standard's word
+        values = {"pid": exited.pid, "exit_status": exited.exit_status, "exited_at": exited.exited_at}
+        self._exchange.publish(namespace, "/tasks/exit", pb.events.TaskExit(container_id=id, id=id, **values))
+        self._exchange.publish(namespace, "/tasks/delete", pb.events.TaskDelete(container_id=id, **values))
 
     async def _delete_dead(self, shim: Shim) -> Any:
         try:
@@ -333,7 +337,7 @@ class Shims:
         except (BoxshipError, OSError, ValueError) as error:
             log.info("shim of %s is gone: %s", name, error, extra={"namespace": namespace})
             shim.disconnect()
-            await self._delete_dead(shim)
+            self._tell(shim, await self._delete_dead(shim))
             return
         if not tasked:
             log.info("shim of %s has no task", name, extra={"namespace": namespace})
