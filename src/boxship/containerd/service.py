@@ -17,6 +17,7 @@ from typing import Any
 from boxship.api.containerd import pb
 from boxship.api.containerd.call import Call
 from boxship.api.containerd.services import Containerd
+from boxship.containerd.diff import Diff
 from boxship.containerd.events import Events, Exchange, TtrpcEvents
 from boxship.containerd.introspection import Introspection, plugin
 from boxship.containerd.metadata.store import Metadata
@@ -87,6 +88,7 @@ async def open(  # noqa: A001 - as one opens a store
     metadata = Metadata(root, exchange, open_drivers(root), tables)
     services = Containerd({
         **metadata.services,
+        "diff": Diff(metadata.services["content"], metadata.drivers.values()),
         "version": Version(),
         "events": Events(exchange),
         "ttrpc_events": TtrpcEvents(exchange),

@@ -306,46 +306,51 @@ def mount(source: str | None, target: str, fstype: str | None = None, flags: int
         raise _named(target, "mount") from None
 
 
-def attach(fstype: str, source: str, target: str, options: list[str]) -> None:
-    """One mount in mount(8)'s words at `target`: a bind, or a file system with its options, however long they are.
+def detached(fstype: str, source: str, options: list[str]) -> int:
+    """One mount in mount(8)'s words, a bind or a file system with its options however long they are, not attached anywhere.
 
-    The lower directories of an overlay are given one by one (Linux ≥ 6.5), since all options of mount(2) must fit into a page.
-    Raises OSError.
+    Answers with its descriptor: the mount goes with it, unless move_mount(2) attaches it. The lower directories of an overlay
+    are given one by one (Linux ≥ 6.5), since all options of mount(2) must fit into a page. Raises OSError.
     """
     parsed = parse_options(options)
     if parsed.flags & m.MS_BIND or fstype == "bind":
         recursive = bool(parsed.flags & m.MS_REC)
         tree = open_tree(m.AT_FDCWD, source, m.OPEN_TREE_CLONE | (m.AT_RECURSIVE if recursive else 0))
-        try:
-            attributes = mount_attributes(parsed.flags & ~(m.MS_BIND | m.MS_REC))
-            if attributes:
+        attributes = mount_attributes(parsed.flags & ~(m.MS_BIND | m.MS_REC))
+        if attributes:
+            try:
                 mount_setattr(tree, recursive=recursive, attr_set=attributes)
-            move_mount(tree, m.AT_FDCWD, target)
-        finally:
-            os.close(tree)
-    else:
-        pairs: list[tuple[str, str | None]] = []
-        for key, value in split_data(parsed.data):
-            if fstype == "overlay" and key == "lowerdir" and value is not None and kernel_version() >= (6, 5):
-                pairs += [("lowerdir+", lower.replace("\\:", ":")) for lower in _split_lowers(value)]
-            else:
-                pairs.append((key, value))
-        pairs += [(key, None) for flag, key in SUPERBLOCK if parsed.flags & flag]
-        if parsed.flags & m.MS_RDONLY:
-            pairs.append(("ro", None))
-        mounted = make_mount(fstype, [("source", source), *pairs], mount_attributes(parsed.flags))
-        try:
-            move_mount(mounted, m.AT_FDCWD, target)
-        finally:
-            os.close(mounted)
-    for propagation in parsed.propagation:
+            except BaseException:
+                os.close(tree)
+                raise
+        return tree
+    pairs: list[tuple[str, str | None]] = []
+    for key, value in split_data(parsed.data):
+        if fstype == "overlay" and key == "lowerdir" and value is not None and kernel_version() >= (6, 5):
+            pairs += [("lowerdir+", lower.replace("\\:", ":")) for lower in split_lowers(value)]
+        else:
+            pairs.append((key, value))
+    pairs += [(key, None) for flag, key in SUPERBLOCK if parsed.flags & flag]
+    if parsed.flags & m.MS_RDONLY:
+        pairs.append(("ro", None))
+    return make_mount(fstype, [("source", source), *pairs], mount_attributes(parsed.flags))
+
+
+def attach(fstype: str, source: str, target: str, options: list[str]) -> None:
+    """One mount as `detached` makes it, at `target`, with the propagation that the options say. Raises OSError."""
+    mounted = detached(fstype, source, options)
+    try:
+        move_mount(mounted, m.AT_FDCWD, target)
+    finally:
+        os.close(mounted)
+    for propagation in parse_options(options).propagation:
         mount_setattr(
             m.AT_FDCWD, target, recursive=bool(propagation & m.MS_REC), propagation=propagation & ~m.MS_REC,
         )
 
 
-def _split_lowers(value: str) -> list[str]:
-    """At colons, but not at those behind a backslash, which are part of a name."""
+def split_lowers(value: str) -> list[str]:
+    """An overlay's lowerdir option at its colons, but not at those behind a backslash, which are part of a name."""
     lowers = [""]
     escaped = False
     for char in value:

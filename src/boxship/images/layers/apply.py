@@ -99,19 +99,23 @@ class _Applier:
         self._gid_map = gid_map
         self._root = os.open(root, _DIRECTORY)
         status = os.fstat(self._root)
-        # An overlay's upper directory is empty at first: all that it has is this layer's own.
-        self._fresh = form != PLAIN and not os.listdir(self._root)
+        # Empty at first: all that it has is this layer's own, and there is nothing to hide in it.
+        self._fresh = not os.listdir(self._root)
         self._own: dict[tuple[int, int], set[bytes]] = {}
         self._ids = (os.geteuid(), os.getegid())
-        self._always_chown = form == PLAIN or bool(status.st_mode & stat.S_ISGID)
+        # Set-gid directories and default ACLs would decide instead.
+        self._always_chown = not self._fresh or bool(status.st_mode & stat.S_ISGID)
         self._umask = _umask()
+        self._rootless = in_user_namespace()
         self._dirs: OrderedDict[bytes, int] = OrderedDict()
+        self._retired: list[int] = []
         self._late: dict[tuple[int, int], tuple[bytes, int, int]] = {}
         self._opaque_root = False
         self._applied = Applied()
 
     def close(self) -> None:
         self._forget()
+        self._retire()
         os.close(self._root)
 
     def run(self, source: Source, limits: names.Limits) -> Applied:
@@ -120,6 +124,8 @@ class _Applier:
             applied.entries += 1
             if limits.entries and applied.entries > limits.entries:
                 raise InvalidArgument(f"layer: more than {limits.entries} entries")
+            if self._retired:
+                self._retire()
             path = names.clean(member.name)
             parent, _, base = path.rpartition(b"/")
             try:
@@ -281,7 +287,7 @@ class _Applier:
                 # A file system without them, or (rootless; or user.* on what is no file) without the right: as others do.
                 if error.errno == errno.ENOTSUP:
                     continue
-                if error.errno == errno.EPERM and (self._form == USER_OVERLAY or name.startswith(b"user.")):
+                if error.errno == errno.EPERM and (self._rootless or name.startswith(b"user.")):
                     continue
                 raise
 
@@ -299,6 +305,8 @@ class _Applier:
     def _whiteout(self, parent: bytes, hidden: bytes) -> None:
         """`hidden` is a name in the directory `parent`, or b"" for everything that is not this layer's."""
         if self._form == PLAIN:
+            if self._fresh:
+                return
             try:
                 fd = self._existing(parent)
             except (FileNotFoundError, NotADirectoryError):
@@ -398,17 +406,22 @@ class _Applier:
     def _keep(self, path: bytes, fd: int) -> int:
         old = self._dirs.pop(path, None)
         if old is not None:
-            os.close(old)
+            self._retired.append(old)
         self._dirs[path] = fd
         if len(self._dirs) > _OPEN_DIRS:
             _, oldest = self._dirs.popitem(last=False)
-            os.close(oldest)
+            self._retired.append(oldest)
         return fd
 
     def _forget(self) -> None:
-        for fd in self._dirs.values():
-            os.close(fd)
+        """Paths lead elsewhere now. The descriptors stay open until the next member: callers have borrowed them."""
+        self._retired += self._dirs.values()
         self._dirs.clear()
+
+    def _retire(self) -> None:
+        for fd in self._retired:
+            os.close(fd)
+        self._retired.clear()
 
     def _make_way(self, path: bytes) -> int:
         """Make the directories of `path`, as the layers below have them, and follow links of this and of those layers."""
@@ -481,7 +494,7 @@ class _Applier:
                 gid = shift(0, self._gid_map) if self._gid_map else self._ids[1]
                 if (uid, gid) != self._ids:
                     os.fchown(fd, uid, gid)
-                self._late[_key(fd)] = (path, 0o755, -1)
+                self._late[_key(fd)] = (path, 0o755, 0)
             else:
                 source, status = like
                 os.fchown(fd, status.st_uid, status.st_gid)
@@ -503,7 +516,7 @@ class _Applier:
             try:
                 source = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
                 try:
-                    while os.copy_file_range(source, fd, 1 << 30):
+                    while os.sendfile(fd, source, None, 1 << 30):
                         pass
                     os.fchown(fd, status.st_uid, status.st_gid)
                     copy_xattrs(source, fd)
@@ -542,8 +555,7 @@ class _Applier:
             try:
                 if _key(fd) == (device, inode):
                     os.fchmod(fd, mode)
-                    if mtime != -1:
-                        os.utime(fd, ns=(mtime, mtime))
+                    os.utime(fd, ns=(mtime, mtime))
             finally:
                 os.close(fd)
 
@@ -558,6 +570,15 @@ def shift_capability(value: bytes, uid_map: IdMap) -> bytes:
 def _key(fd: int) -> tuple[int, int]:
     status = os.fstat(fd)
     return status.st_dev, status.st_ino
+
+
+def in_user_namespace() -> bool:
+    """Whether this process is root of less than the machine: not all ids are mapped."""
+    try:
+        with open("/proc/self/uid_map", encoding="ascii") as file:
+            return file.read().split() != ["0", "0", "4294967295"]
+    except FileNotFoundError:
+        return False  # a kernel without user namespaces
 
 
 def _umask() -> int:

@@ -24,11 +24,11 @@ def is_whiteout(status: os.stat_result) -> bool:
     return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
 
 
-def is_opaque(fd: int) -> bool:
+def is_opaque(directory: int | str) -> bool:
     """Whether the directory hides those of the same name below it."""
     for name in OPAQUE_XATTRS:
         try:
-            if os.getxattr(fd, name) == b"y":
+            if os.getxattr(directory, name) == b"y":
                 return True
         except OSError as error:
             if error.errno not in (errno.ENODATA, errno.ENOTSUP, errno.EPERM, errno.EACCES):
@@ -90,6 +90,29 @@ class Lowers:
                 if name not in seen:
                     seen.add(name)
                     yield name
+
+
+    def children(self, path: bytes) -> set[bytes]:
+        """The names in the directory `path`, as overlayfs shows it."""
+        found: set[bytes] = set()
+        gone: set[bytes] = set()
+        parts = path.split(b"/") if path else []
+        for root in self.paths:
+            status = self._in_layer(root, parts)
+            if status is not None:
+                if not stat.S_ISDIR(status.st_mode):
+                    break
+                place = f"{root}/{os.fsdecode(path)}"
+                for name in map(os.fsencode, os.listdir(place)):
+                    if name in found or name in gone:
+                        continue
+                    hidden = is_whiteout(os.stat(os.path.join(os.fsencode(place), name), follow_symlinks=False))
+                    (gone if hidden else found).add(name)
+                if path and is_opaque(place):
+                    break
+            if self._hidden:
+                break
+        return found
 
 
 def copy_xattrs(source: str | int, target: str | int) -> None:
