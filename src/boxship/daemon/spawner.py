@@ -10,40 +10,20 @@ import os
 import select
 import sys
 
-from boxship.kit import failpoint
+from boxship.linux.cgroups import arrangement
+from boxship.runtime import warm
+from boxship.runtime.command.main import Invocation
+from boxship.runtime.parent import Direct
 from boxship.shim import spawner
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_SIGCHLD, _SIGTERM, _SIGINT, _SIG_DFL = 17, 15, 2, 0
 
-
-def carry_out(argv: Sequence[str], stdio: Sequence[int]) -> int:
-    """A command line of boxrun, in a fork of the shim that ends with it: nothing is imported, and nothing that it does stays in
-    the shim's memory. Returns the fork's pid; its children become the shim's. Raises OSError."""
-    pid = os.fork()
-    if pid:
-        return pid
-    # The fork: whatever happens, it ends here.
-    code = 1
-    try:
-        code = _run(argv, stdio)
-    finally:
-        os._exit(code)
-
-
-def _run(argv: Sequence[str], stdio: Sequence[int]) -> int:
-    import _signal  # type: ignore[import-not-found]
-
-    from boxship.runtime.command.main import Invocation
-    from boxship.runtime.parent import Direct
-
-    _signal.set_wakeup_fd(-1)
-    for number in (_SIGCHLD, _SIGTERM, _SIGINT):
-        _signal.signal(number, _SIG_DFL)
-    return Invocation(list(argv), Direct(stdio), dict(os.environ), "/").run()
+def run(argv: Sequence[str], stdio: Sequence[int], environ: dict[str, str]) -> int:
+    """A command line of boxrun within this process, which is a fork made for it. Returns the exit code."""
+    return Invocation(list(argv), Direct(stdio), environ, "/").run()
 
 
 def main() -> int:
@@ -55,11 +35,7 @@ def main() -> int:
     listener = spawner.listen(path)
     if listener is None:
         return 0
-    from boxship.linux.cgroups import arrangement
-    from boxship.runtime import warm
-
     warm.warm_up()
-    failpoint.load({})
     # Woken when a mount comes or goes: the hierarchies may be others then.
     mounts = os.open("/proc/self/mounts", os.O_RDONLY | os.O_CLOEXEC)
     changed = select.poll()
@@ -70,7 +46,7 @@ def main() -> int:
             arrangement.forget()
         return warm.is_stale()
 
-    spawner.serve(listener, path, carry_out, is_stale)
+    spawner.Spawner(listener, path, run).serve(is_stale)
     return 0
 
 

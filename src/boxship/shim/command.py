@@ -1,6 +1,7 @@
 """The command line of `containerd-shim-boxship-v1`: `start`, `delete`, `-v`, `-info`.
 
-Runs in: a process that the spawner forked for one call; with `start` it becomes the shim, after the answer.
+Runs in: a process that the spawner forked for one call. The shim itself is another fork, which has nothing of that call in its
+memory but what it needs.
 Spec: containerd's runtime v2, 1.6 to 2.4. Flags that are not known are passed over: newer versions add some.
 
 What comes in on standard input: the options' Any, or BootstrapParams since containerd 2.3. What goes out: the address as text;
@@ -12,12 +13,13 @@ containerd takes standard output and error together for the answer, so nothing e
 from __future__ import annotations
 
 import _socket
+import marshal
 import os
 
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import DecodeError
 
-from boxship.api.oci_runtime.runtime import Runtime, execute
+from boxship.api.oci_runtime.runtime import Runtime
 from boxship.api.task import pb
 from boxship.kit import failpoint
 from boxship.kit.errors import BoxshipError, InvalidArgument
@@ -26,6 +28,7 @@ from boxship.oci import text
 from boxship.shim import bundle as bundles
 from boxship.shim import main as shim
 from boxship.shim.bundle import Options
+from boxship.shim.forks import own, pack_environ, programs, unpack_environ
 from boxship.shim.log import Log
 
 TYPE_CHECKING = False
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from boxship.api.oci_runtime.runtime import Carrier
+    from boxship.shim.forks import OwnRuntime
 
 VERSION = "0.1.0"
 NAME = "io.containerd.boxship.v1"
@@ -82,27 +86,32 @@ class Caller:
         stdio: its standard streams; borrowed.
         cwd: a descriptor of its folder, the bundle; borrowed.
         pid: the process, 0 where it is not known.
+        umask: its mask.
     """
 
     def __init__(
         self, argv: Sequence[str], environ: Mapping[str, str], stdio: Sequence[int], cwd: int, pid: int = 0,
+        umask: int = 0o022,
     ) -> None:
         self.argv = argv
         self.environ = environ
         self.stdio = stdio
         self.cwd = cwd
         self.pid = pid
+        self.umask = umask
 
 
 class Answered:
-    """What a call came to: its exit code, and (after a `start` that made one) the shim that this process is to become."""
+    """What a call came to: its exit code, and (after a `start` that made one) the socket of the shim that is to be, with all that
+    it has to know (`be_shim`)."""
 
-    def __init__(self, code: int, becomes: Start | None = None) -> None:
+    def __init__(self, code: int, listener: _socket.socket | None = None, birth: bytes = b"") -> None:
         self.code = code
-        self.becomes = becomes
+        self.listener = listener
+        self.birth = birth
 
 
-def answer(caller: Caller, own_runtime: Carrier | None) -> Answered:
+def answer(caller: Caller, own_runtime: OwnRuntime) -> Answered:
     """Do what was asked and write the answer. An error is a text on standard error and the exit code 1."""
     try:
         flags = Flags(caller.argv)
@@ -110,14 +119,14 @@ def answer(caller: Caller, own_runtime: Carrier | None) -> Answered:
             write_all(caller.stdio[1], _version(caller.argv).encode())
             return Answered(0)
         if "info" in flags.switches:
-            write_all(caller.stdio[1], _info(own_runtime).SerializeToString())
+            write_all(caller.stdio[1], _info(own(own_runtime, b"")).SerializeToString())
             return Answered(0)
         if not flags.values["namespace"]:
             raise InvalidArgument("shim namespace cannot be empty")
         if flags.action == "start":
             start = Start(caller, flags)
             write_all(caller.stdio[1], start.reply)
-            return Answered(0, start if start.listener is not None else None)
+            return Answered(0, start.listener, start.birth)
         if flags.action == "delete":
             write_all(caller.stdio[1], Deletion(caller, flags, own_runtime).response.SerializeToString())
             return Answered(0)
@@ -134,12 +143,12 @@ def _version(argv: Sequence[str]) -> str:
     return f"{name}:\n  Version:  {VERSION}\n  Revision: v{VERSION}\n\n"
 
 
-def _info(own_runtime: Carrier | None) -> Any:
+def _info(own_runtime: Carrier) -> Any:
     from boxship.api.any import FEATURES
 
     info = pb.types.RuntimeInfo(name=NAME)
     info.version.version = VERSION
-    command = Runtime(bundles.OWN_RUNTIME, "/nonexistent", "/dev/null", carrier=own_runtime or execute)._begin(["features"])
+    command = Runtime(bundles.OWN_RUNTIME, "/nonexistent", "/dev/null", carrier=own_runtime).features()
     features = command.finish(os.waitpid(command.pid, 0)[1])
     info.features.CopyFrom(AnyMessage(type_url=FEATURES, value=features))
     return info
@@ -165,6 +174,7 @@ class Start:
     Attributes:
         reply: for standard output.
         listener: of the new shim, or None.
+        birth: for `be_shim`.
     """
 
     def __init__(self, caller: Caller, flags: Flags) -> None:
@@ -177,7 +187,6 @@ class Start:
         self._debug = "debug" in flags.switches
         self._address = flags.values["address"] or self._environ.get("GRPC_ADDRESS", "")
         self._publish_binary = flags.values["publish-binary"]
-        self._caller = caller.pid
         given = _read_all(caller.stdio[0])
         params = bootstrap_params(given, self.id, self.namespace)
         self._options = _options(given, params)
@@ -195,23 +204,30 @@ class Start:
         failpoint.hit("shim.start.listens")
         self.reply = reply(address, params is not None, self._environ.get("MAX_SHIM_VERSION", ""))
 
-    def become(self, own_runtime: Carrier | None) -> None:
-        """Be the shim; returns when it has ended."""
-        assert self.listener is not None
-        os.environ.clear()
-        os.environ.update(self._environ)
-        os.setsid()
-        os.chdir("/")
-        log = Log(f"{self.bundle}/log", debug=self._debug)
-        _leave_streams()
-        _adjust_oom(self._caller)
-        if self._options.shim_cgroup:
-            try:
-                _enter_cgroup(self._options.shim_cgroup)
-            except (BoxshipError, OSError) as error:
-                log.write("error", f"failed to add shim to cgroup {self._options.shim_cgroup}: {error}")
-        shim.run(self.listener, self.path, log, self.namespace, self._environ.get("TTRPC_ADDRESS", ""),
-                 (self._publish_binary, self._address), own_runtime)
+        self.birth = marshal.dumps({
+            "path": self.path, "bundle": self.bundle, "namespace": self.namespace, "debug": self._debug, "umask": caller.umask,
+            "events": self._environ.get("TTRPC_ADDRESS", ""), "publish": (self._publish_binary, self._address),
+            "oom": _oom_score(caller.pid), "cgroup": self._options.shim_cgroup, "environ": pack_environ(self._environ),
+        })
+
+
+def be_shim(listener: _socket.socket, birth: bytes, own_runtime: OwnRuntime) -> None:
+    """In a fresh fork of the spawner: be the shim; returns when it has ended."""
+    know = marshal.loads(birth)
+    os.setsid()
+    os.umask(know["umask"])
+    log = Log(f"{know['bundle']}/log", debug=know["debug"])
+    _adjust_oom(know["oom"])
+    if know["cgroup"]:
+        try:
+            _enter_cgroup(know["cgroup"])
+        except (BoxshipError, OSError) as error:
+            log.write("error", f"failed to add shim to cgroup {know['cgroup']}: {error}")
+    environ = know["environ"]
+    if b"BOXSHIP_FAILPOINT=" in environ:
+        failpoint.load(unpack_environ(environ))
+    shim.run(listener, know["path"], log, know["namespace"], know["events"], know["publish"], own(own_runtime, environ),
+             programs(environ))
 
 
 def bootstrap_params(given: bytes, id: str, namespace: str) -> Any | None:  # noqa: A002
@@ -298,23 +314,25 @@ def _is_served(path: str) -> bool:
     return True
 
 
-def _leave_streams() -> None:
-    null = os.open("/dev/null", os.O_RDWR)
-    for fd in range(3):
-        os.dup2(null, fd)
-    if null > 2:
-        os.close(null)
-
-
-def _adjust_oom(caller: int) -> None:
+def _oom_score(caller: int) -> int | None:
     """A little dearer to the kernel than the daemon, as containerd's shim: when memory is short the daemon goes last."""
     try:
         with open(f"/proc/{caller or 'self'}/oom_score_adj") as file:
-            wanted = min(int(file.read()) + 1, _OOM_ADJ_MAX)
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write(str(wanted))
+            return min(int(file.read()) + 1, _OOM_ADJ_MAX)
     except OSError:
-        pass  # lowering it needs CAP_SYS_RESOURCE
+        return None  # it is gone
+
+
+def _adjust_oom(wanted: int | None) -> None:
+    if wanted:
+        try:
+            fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(fd, str(wanted).encode())
+            finally:
+                os.close(fd)
+        except OSError:
+            pass  # lowering it needs CAP_SYS_RESOURCE
 
 
 def _enter_cgroup(path: str) -> None:
@@ -334,7 +352,7 @@ def _enter_cgroup(path: str) -> None:
 class Deletion:
     """`delete`: what a dead shim left is removed, and how its container ended is told. May be repeated."""
 
-    def __init__(self, caller: Caller, flags: Flags, own_runtime: Carrier | None) -> None:
+    def __init__(self, caller: Caller, flags: Flags, own_runtime: OwnRuntime) -> None:
         container = flags.values["id"]
         bundle = os.readlink(f"/proc/self/fd/{caller.cwd}")
         if flags.values["bundle"]:
@@ -342,9 +360,8 @@ class Deletion:
         elif os.path.basename(bundle) != container:
             bundle = os.path.join(os.path.dirname(bundle), container)
         options = Options.load(bundle)
-        os.environ.clear()
-        os.environ.update(caller.environ)
-        carrier = execute if options.binary != bundles.OWN_RUNTIME or own_runtime is None else own_runtime
+        environ = pack_environ(dict(caller.environ))
+        carrier = own(own_runtime, environ) if options.binary == bundles.OWN_RUNTIME else programs(environ)
         log = f"{bundle}/log.json" if os.path.isdir(bundle) else "/dev/null"
         runtime = Runtime(options.binary, options.root_of(flags.values["namespace"]), log,
                           systemd_cgroup=options.systemd_cgroup, carrier=carrier)

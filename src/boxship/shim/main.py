@@ -9,7 +9,7 @@ import os
 import traceback
 
 from boxship.abi import syscalls
-from boxship.api.task.services import TASK_V2, TASK_V3
+from boxship.api.task.services import TASK, TASK_V2, TASK_V3
 from boxship.api.ttrpc.server import Server, Service
 from boxship.kit.loop import Inbox, Loop
 from boxship.linux import _sys
@@ -30,8 +30,8 @@ _NAME = b"boxship-shim\0"
 
 
 def run(
-    listener: _socket.socket, path: str, log: Log, namespace: str, events: str, publish: tuple[str, str],
-    own_runtime: Carrier | None,
+    listener: _socket.socket, path: str, log: Log, namespace: str, events: str, publish: tuple[str, str], own_runtime: Carrier,
+    programs: Carrier,
 ) -> None:
     """Serve until containerd says that it is enough. `path` of the socket is removed then; the others as in their classes."""
     _sys.syscall(syscalls.PRCTL, _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -40,8 +40,8 @@ def run(
     inbox = Inbox(loop)
     children = Children(inbox)
     publisher = Publisher(loop, children, log, namespace, events, publish)
-    service = TaskService(loop, children, publisher, log, namespace, own_runtime, loop.stop)
-    task = Service(service.methods())
+    service = TaskService(loop, children, publisher, log, namespace, own_runtime, programs, loop.stop)
+    task = Service(TASK, service.find)
     server = Server(loop, listener, {TASK_V2: task, TASK_V3: task})
 
     def asked_to_end() -> None:

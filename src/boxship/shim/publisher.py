@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import _socket
 import os
+import time
 from collections import deque
 
 from boxship.abi import syscalls
@@ -72,7 +73,7 @@ class Publisher:
         """Queue an event, a message of containerd.events."""
         name = event.DESCRIPTOR.name
         envelope = pb.types.Envelope(namespace=self._namespace, topic=TOPICS[name], event=pack(event))
-        envelope.timestamp.GetCurrentTime()
+        envelope.timestamp.FromNanoseconds(time.time_ns())
         if len(self._queue) >= _QUEUE_MAX:
             self._make_room()
         self._queue.append((name, envelope))

@@ -19,9 +19,8 @@ import select
 from google.protobuf.empty_pb2 import Empty
 
 from boxship.api.any import pack
-from boxship.api.oci_runtime.runtime import Runtime, execute, of_kill
+from boxship.api.oci_runtime.runtime import Runtime, of_kill
 from boxship.api.task import pb
-from boxship.api.task.services import TASK
 from boxship.kit import failpoint
 from boxship.kit.errors import AlreadyExists, BoxshipError, FailedPrecondition, InvalidArgument, NotFound, from_os_error
 from boxship.kit.files import write_atomic
@@ -30,8 +29,10 @@ from boxship.linux.process import exit_code
 from boxship.shim import bundle as bundles
 from boxship.shim.bundle import Options
 from boxship.shim.console import Console
+from boxship.shim.forks import in_fork
 from boxship.shim.logger import SCHEMES, Logger
-from boxship.shim.metrics import cgroup_of, metrics
+from boxship.shim.making import Making
+from boxship.shim.metrics import metrics
 from boxship.shim.process import Container, Process
 from boxship.shim.stdio import Stdio, split_uri
 
@@ -59,24 +60,24 @@ class TaskService:
     """The service of one shim, for all containers of its pod."""
 
     def __init__(
-        self, loop: Loop, children: Children, publisher: Publisher, log: Log, namespace: str, own_runtime: Carrier | None,
-        leave: Callable[[], object],
+        self, loop: Loop, children: Children, publisher: Publisher, log: Log, namespace: str, own_runtime: Carrier,
+        programs: Carrier, leave: Callable[[], object],
     ) -> None:
-        """`own_runtime` carries boxrun's commands out; `leave` is called when the shim shall end."""
+        """`own_runtime` carries boxrun's commands out, `programs` others'; `leave` is called when the shim shall end."""
         self._loop = loop
         self._children = children
         self._publisher = publisher
         self._log = log
         self._namespace = namespace
         self._own_runtime = own_runtime
+        self._programs = programs
         self._leave = leave
         self.containers: dict[str, Container] = {}
 
-    def methods(self) -> dict[str, tuple[Any, Callable[[Any], Later]]]:
-        """For `boxship.api.ttrpc.server`."""
-        return {name: (request, self._as_later(getattr(self, name.lower()))) for name, (request, _) in TASK.items()}
+    def find(self, name: str) -> Callable[[Any], Later]:
+        """The function for a method of the service. For `boxship.api.ttrpc.server`."""
+        function = getattr(self, name.lower())
 
-    def _as_later(self, function: Callable[[Any], Any]) -> Callable[[Any], Later]:
         def call(request: Any) -> Later:
             try:
                 result = function(request)
@@ -130,27 +131,22 @@ class TaskService:
         container = Container(request.id, bundle, options, runtime, init)
         container.checkpoint = request.checkpoint
         self.containers[request.id] = container
-        mounted = False
         try:
-            write_atomic(f"{bundle}/options.json", options.encode())
-            write_atomic(f"{bundle}/runtime", options.binary.encode())
-            container.private_pids = bundles.has_pid_namespace(bundles.load_config(bundle))
-            failpoint.hit("shim.create.begin")
-            if request.rootfs:
-                mounted = True
-                bundles.mount_rootfs(bundle, request.rootfs)
-            failpoint.hit("shim.create.mounted")
             yield from self._open_streams(container, init)
-            if not container.checkpoint:
+            failpoint.hit("shim.create.begin")
+            making = Making(container, request.rootfs)
+            if container.checkpoint:
+                yield from making.finished(self._children.end(in_fork(lambda: making(lambda: 0))))
+            else:
                 command = runtime.create(
                     container.id, bundle, init.io.fds if isinstance(init.io, Stdio) else None, pid_file=f"{bundle}/init.pid",
                     console_socket=init.io.path if isinstance(init.io, Console) else "", no_pivot=options.no_pivot_root,
-                    no_new_keyring=options.no_new_keyring)
-                yield from self._carried_out(command, "OCI runtime create failed")
+                    no_new_keyring=options.no_new_keyring, around=making)
+                yield from making.finished(run_step(self._carried_out(command, "OCI runtime create failed")))
                 failpoint.hit("shim.create.made")
                 self._born(container)
         except BaseException:
-            self._undo_create(container, mounted)
+            self._undo_create(container, bool(request.rootfs))
             raise
         container.created = True
         self._publisher.publish(pb.events.TaskCreate(
@@ -160,9 +156,7 @@ class TaskService:
         return pb.task.CreateTaskResponse(pid=init.pid)
 
     def _carrier(self, binary: str) -> Carrier:
-        if binary != bundles.OWN_RUNTIME:
-            return execute
-        return self._own_runtime or execute
+        return self._programs if binary != bundles.OWN_RUNTIME else self._own_runtime
 
     def _carried_out(self, command: Any, what: str) -> Step:
         try:
@@ -198,7 +192,6 @@ class TaskService:
         self._loop.soon(lambda: end.then(lambda later: self._init_ended(container, later)))
         init.io.handed_over()
         try:
-            container.cgroup = cgroup_of(init.pid)
             if container.cgroup is not None:
                 container.oom = container.cgroup.oom_events()
                 self._loop.add(container.oom.fileno(), IN, lambda events: self._memory(container))
@@ -253,11 +246,12 @@ class TaskService:
         options = container.options
         work = options.criu_work_path or f"{container.bundle}/criu-work"
         os.makedirs(work, 0o700, exist_ok=True)
+        making = Making(container, ())
         command = container.runtime.restore(
             container.id, container.bundle, io.fds if isinstance(io, Stdio) else None, image=container.checkpoint, work=work,
             pid_file=f"{container.bundle}/init.pid", console_socket=io.path if isinstance(io, Console) else "",
-            no_pivot=options.no_pivot_root)
-        yield from self._carried_out(command, "OCI runtime restore failed")
+            no_pivot=options.no_pivot_root, around=making)
+        yield from making.finished(run_step(self._carried_out(command, "OCI runtime restore failed")))
         self._born(container)
 
     def _start_exec(self, container: Container, process: Process) -> Step:

@@ -5,8 +5,9 @@ with SIGKILL, it takes nobody with it.
 Spec: the message of `src/native/caller.h`: {version, argc, envc, umask} with descriptors 0, 1, 2, the folder, and a file of all
 strings, each with a NUL behind it; the answer is {EXIT, code}.
 
-What is asked for is done in the fork, and with `start` the fork becomes the shim. So the spawner itself reads nothing that a
-caller wrote, and a caller that stalls is alone with it.
+What is asked for is done in a fork, so that the spawner itself reads nothing that a caller wrote, and a caller that stalls is
+alone with it. For a new shim that fork hands over the socket and what the shim has to know, and the spawner forks once more: the
+shim's memory is the spawner's, and none of what it took to read the request.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from boxship.api.oci_runtime.runtime import Carrier
+    from boxship.shim.forks import OwnRuntime
 
 IDLE_S = 300.0
 VERSION = 1
 WORD = Struct("=iiii")
 EXIT = 5
 _FDS = 5
+_FILLINGS = 400
 _SIGCHLD, _SIG_IGN, _SIG_DFL = 17, 1, 0
 
 
@@ -67,53 +69,100 @@ def listen(path: str) -> _socket.socket | None:
 _lock = -1
 
 
-def serve(
-    listener: _socket.socket, path: str, own_runtime: Carrier | None, stale: Callable[[], bool], idle_s: float = IDLE_S,
-) -> None:
-    """Fork for every caller, until nobody came for a while, or the package is another one than was imported (`stale`)."""
-    import _signal  # type: ignore[import-not-found]
+def fill_holes() -> list[object]:
+    """Objects of every small size, which take the places that are free between others: what a fork makes afterwards is in few
+    pages of its own, in place of one new object in each of many pages that it would share otherwise. Keep them."""
+    return [[bytes(size) for _ in range(_FILLINGS)] for size in range(0, 480, 16)]
 
-    _signal.signal(_SIGCHLD, _SIG_IGN)  # nobody asks how a shim ended
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    poll = select.poll()
-    poll.register(listener.fileno(), select.POLLIN)
-    last = time.monotonic()
-    while not stale():
-        if not poll.poll(idle_s * 1000 / 4):
-            if time.monotonic() - last > idle_s:
-                break
-            continue
+
+class Spawner:
+    """The one of this process."""
+
+    def __init__(self, listener: _socket.socket, path: str, own_runtime: OwnRuntime) -> None:
+        """`listener` at `path`; `own_runtime` is boxrun within this process."""
+        self._listener = listener
+        self._path = path
+        self._own_runtime = own_runtime
+        self._births, self._tell = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
+
+    def serve(self, stale: Callable[[], bool], idle_s: float = IDLE_S) -> None:
+        """Fork for every caller and every shim, until nobody came for a while, or the package is another one than was imported
+        (`stale`)."""
+        import _signal  # type: ignore[import-not-found]
+
+        _signal.signal(_SIGCHLD, _SIG_IGN)  # nobody asks how a shim ended
+        gc.collect()
+        self._fillings = fill_holes()
+        gc.freeze()
+        gc.disable()
+        poll = select.poll()
+        poll.register(self._listener.fileno(), select.POLLIN)
+        poll.register(self._births.fileno(), select.POLLIN)
         last = time.monotonic()
-        fd, _ = listener._accept()  # type: ignore[attr-defined]
+        while not stale():
+            ready = poll.poll(idle_s * 1000 / 4)
+            if not ready:
+                if time.monotonic() - last > idle_s:
+                    break
+                continue
+            last = time.monotonic()
+            if stale():
+                break  # a caller whose connection nobody takes starts another spawner
+            for fd, _ in ready:
+                self._take(fd)
+        os.unlink(self._path)
+        # What was promised is kept: shims that were asked for before.
+        while poll.poll(200):
+            self._take(self._births.fileno())
+
+    def _take(self, fd: int) -> None:
+        if fd == self._listener.fileno():
+            conn, _ = self._listener._accept()  # type: ignore[attr-defined]
+            self._fork(self._answer, [conn])
+        else:
+            _, ancillary, _, _ = self._births.recvmsg(1, _socket.CMSG_SPACE(8), _socket.MSG_CMSG_CLOEXEC)
+            given = [int.from_bytes(part[i : i + 4], "little") for _, _, part in ancillary for i in range(0, len(part), 4)]
+            if len(given) == 2:
+                self._fork(self._be_shim, given)
+
+    def _fork(self, work: Callable[[list[int]], None], given: list[int]) -> None:
         if os.fork() == 0:
             # The fork: whatever happens, it ends here and never goes on as a second spawner.
             try:
+                import _signal
+
                 _signal.signal(_SIGCHLD, _SIG_DFL)
-                listener.close()
+                self._listener.close()
+                self._births.close()
                 os.close(_lock)
-                _serve_one(fd, own_runtime)
+                work(given)
             finally:
                 os._exit(0)
-        os.close(fd)
-    os.unlink(path)
+        for fd in given:
+            os.close(fd)
 
+    def _answer(self, given: list[int]) -> None:
+        conn = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, given[0])
+        caller = _read_caller(conn)
+        if caller is None:
+            return
+        if caller.environ.get("BOXSHIP_FAILPOINT"):
+            failpoint.load(dict(caller.environ))
+        answered = command.answer(caller, self._own_runtime)
+        if answered.listener is not None:
+            birth = os.memfd_create("birth", os.MFD_CLOEXEC)
+            os.write(birth, answered.birth)
+            fds = Struct("=2i").pack(answered.listener.fileno(), birth)
+            self._tell.sendmsg([b"b"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fds)])
+        failpoint.hit("shim.start.told")
+        conn.send(WORD.pack(EXIT, answered.code, 0, 0), _socket.MSG_NOSIGNAL)
 
-def _serve_one(fd: int, own_runtime: Carrier | None) -> None:
-    conn = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd)
-    caller = _read_caller(conn)
-    if caller is None:
-        return
-    if caller.environ.get("BOXSHIP_FAILPOINT"):
-        failpoint.load(dict(caller.environ))
-    answered = command.answer(caller, own_runtime)
-    conn.send(WORD.pack(EXIT, answered.code, 0, 0), _socket.MSG_NOSIGNAL)
-    conn.close()
-    for given in (*caller.stdio, caller.cwd):
-        os.close(given)
-    if answered.becomes is not None:
-        answered.becomes.become(own_runtime)
+    def _be_shim(self, given: list[int]) -> None:
+        self._tell.close()
+        listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, given[0])
+        birth = os.pread(given[1], 1 << 21, 0)
+        os.close(given[1])
+        command.be_shim(listener, birth, self._own_runtime)
 
 
 def _read_caller(conn: _socket.socket) -> command.Caller | None:
@@ -131,6 +180,5 @@ def _read_caller(conn: _socket.socket) -> command.Caller | None:
     for pair in strings[argc : argc + envc]:
         name, _, value = pair.partition("=")
         environ[name] = value
-    os.umask(umask)
     pid = int.from_bytes(conn.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)[:4], "little")
-    return command.Caller(strings[:argc], environ, fds[:3], fds[3], pid)
+    return command.Caller(strings[:argc], environ, fds[:3], fds[3], pid, umask)

@@ -3,9 +3,9 @@
 Runs in: the shim.
 Spec: runc's command line; go-runc for what shims use of it.
 
-The seam is argv, and how a command is carried out is handed in: `execute` starts the program of that name; the spawner's
-shims carry out boxrun's commands in a fork of their own (`boxship.daemon.spawner`). Either way a command is a child process
-of the shim, so that the shim never waits for one, and what goes wrong in it is in the file that `--log` names.
+The seam is argv, and how a command is carried out is handed in: `execute` starts the program of that name; a shim does it in
+a fork of its own, where boxrun's commands need no program (`boxship.shim.forks`). Either way a command is a child process, so
+that a shim never waits for one, and what goes wrong in it is in the file that `--log` names.
 
 Not here: waiting for the child, which the shim's loop does for all its children.
 """
@@ -19,13 +19,23 @@ from boxship.kit.errors import BoxshipError, FailedPrecondition, NotFound, Unava
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from typing import Protocol
 
-    Carrier = Callable[[Sequence[str], Sequence[int]], int]
-    """(argv, three descriptors for its standard streams, borrowed) → pid of the child. Raises OSError."""
+    Around = Callable[[Callable[[], int]], int]
+    """Given the command as a function that returns its exit code, does it and what belongs to it; returns the exit code."""
+
+    class Carrier(Protocol):
+        """Begins commands."""
+
+        def __call__(self, argv: Sequence[str], stdio: Sequence[int], around: Around | None = None) -> int:
+            """`stdio`: three descriptors, borrowed; `around` is carried out in the child. Returns its pid. Raises OSError."""
 
 
-def execute(argv: Sequence[str], stdio: Sequence[int], environ: Mapping[str, str] | None = None) -> int:
-    """Start the program `argv[0]` of PATH. Raises OSError."""
+def execute(
+    argv: Sequence[str], stdio: Sequence[int], around: Around | None = None, environ: Mapping[str, str] | None = None,
+) -> int:
+    """Start the program `argv[0]` of PATH; `around` is not for a program. Raises OSError."""
+    assert around is None
     # Out of the way first: a descriptor must not be replaced before it was given its place.
     import fcntl
 
@@ -107,7 +117,7 @@ class Runtime:
         if systemd_cgroup:
             self._global.append("--systemd-cgroup")
 
-    def _begin(self, arguments: Sequence[str], stdio: Sequence[int] | None = None) -> Command:
+    def _begin(self, arguments: Sequence[str], stdio: Sequence[int] | None = None, around: Around | None = None) -> Command:
         output = null = -1
         try:
             log_start = os.stat(self.log).st_size
@@ -118,7 +128,7 @@ class Runtime:
                 null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
                 output = os.memfd_create("runtime", os.MFD_CLOEXEC)
                 stdio = (null, output, output)
-            pid = self._carrier([*self._global, *arguments], stdio)
+            pid = self._carrier([*self._global, *arguments], stdio, around)
         except OSError as error:
             if output >= 0:
                 os.close(output)
@@ -130,7 +140,7 @@ class Runtime:
 
     def create(
         self, id: str, bundle: str, stdio: Sequence[int] | None, *, pid_file: str, console_socket: str = "",  # noqa: A002
-        no_pivot: bool = False, no_new_keyring: bool = False,
+        no_pivot: bool = False, no_new_keyring: bool = False, around: Around | None = None,
     ) -> Command:
         """Make the container; with `console_socket` its terminal is sent there, and `stdio` is None."""
         arguments = ["create", "--bundle", bundle, "--pid-file", pid_file]
@@ -140,11 +150,11 @@ class Runtime:
             arguments.append("--no-pivot")
         if no_new_keyring:
             arguments.append("--no-new-keyring")
-        return self._begin([*arguments, id], stdio)
+        return self._begin([*arguments, id], stdio, around)
 
     def restore(
         self, id: str, bundle: str, stdio: Sequence[int] | None, *, image: str, work: str, pid_file: str,  # noqa: A002
-        console_socket: str = "", no_pivot: bool = False,
+        console_socket: str = "", no_pivot: bool = False, around: Around | None = None,
     ) -> Command:
         """Make and start the container from a checkpoint."""
         arguments = ["restore", "--detach", "--bundle", bundle, "--pid-file", pid_file, "--image-path", image,
@@ -153,7 +163,7 @@ class Runtime:
             arguments += ["--console-socket", console_socket]
         if no_pivot:
             arguments.append("--no-pivot")
-        return self._begin([*arguments, id], stdio)
+        return self._begin([*arguments, id], stdio, around)
 
     def start(self, id: str) -> Command:  # noqa: A002
         """Let the container's process go on."""
@@ -203,6 +213,10 @@ class Runtime:
             os.close(given)
         command._output = output
         return command
+
+    def features(self) -> Command:
+        """Prints what the runtime can do, as JSON."""
+        return self._begin(["features"])
 
     def checkpoint(self, id: str, *, image: str, work: str, flags: Sequence[str] = ()) -> Command:  # noqa: A002
         """Write the processes' state to a folder; `flags` as runc's checkpoint has them."""

@@ -31,10 +31,12 @@ _BACKLOG_MAX = 64 << 20
 
 
 class Service:
-    """Functions by method name, with the class of their request. A function returns a Later whose value is the answer."""
+    """A service's methods: `requests` are the classes of their requests, `find` gives the function for a name, which returns a
+    Later whose value is the answer."""
 
-    def __init__(self, methods: Mapping[str, tuple[Any, Handler]]) -> None:
-        self.methods = methods
+    def __init__(self, requests: Mapping[str, tuple[Any, Any]], find: Callable[[str], Handler]) -> None:
+        self.requests = requests
+        self.find = find
 
 
 class Server:
@@ -62,10 +64,10 @@ class Server:
         known = self.services.get(service)
         if known is None:
             raise Unsupported(f"service {service}")
-        found = known.methods.get(method)
+        found = known.requests.get(method)
         if found is None:
             raise Unsupported(f"method {method}")
-        return found
+        return found[0], known.find(method)
 
     def close(self) -> None:
         """Take no more connections, and close those there are."""
