@@ -397,6 +397,25 @@ def test_an_update_changes_what_its_mask_names(tmp_path):
     run(tmp_path, work)
 
 
+def test_many_containers_are_listed_alike_by_both_ways(tmp_path):
+    async def work(daemon):
+        for number in range(30):
+            await daemon.containers.Create(container(f"c{number:02}", labels={"long": "x" * (number * 10)}), CALL)
+        listed = (await daemon.containers.List(pb.containers.ListContainersRequest(), CALL)).containers
+        assert [each.id for each in listed] == [f"c{number:02}" for number in range(30)]
+        filtered = (await daemon.containers.List(pb.containers.ListContainersRequest(filters=["id~=^c"]), CALL)).containers
+        streamed = await gathered(daemon.containers.ListStream(pb.containers.ListContainersRequest(), CALL))
+        assert list(listed) == list(filtered) == [message.container for message in streamed]
+        go = Call("one", agent="containerd/1.6 grpc-go/1.50.1")
+        with pytest.raises(Unsupported):
+            await gathered(daemon.containers.ListStream(pb.containers.ListContainersRequest(), go))
+        for number in range(20):
+            await daemon.containers.Delete(pb.containers.DeleteContainerRequest(id=f"c{number:02}"), CALL)
+        assert len(await gathered(daemon.containers.ListStream(pb.containers.ListContainersRequest(), go))) == 10
+
+    run(tmp_path, work)
+
+
 def test_an_image_is_deleted_only_with_the_target_that_was_meant(tmp_path):
     async def work(daemon):
         digest, other = daemon.put(b"a"), daemon.put(b"b")

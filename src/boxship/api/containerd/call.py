@@ -30,11 +30,16 @@ def check_identifier(name: str) -> None:
 
 
 class Call:
-    """The circumstances of one request. `timeout` (seconds) is the limit of a client; services need not look at it."""
+    """The circumstances of one request.
 
-    __slots__ = ("lease", "namespace", "timeout")
+    `timeout` (seconds) is the limit of a client; services need not look at it. `agent` is the library that a request came from
+    (the header user-agent), "" in the same process.
+    """
 
-    def __init__(self, namespace: str = "", lease: str = "", timeout: float | None = None) -> None:
+    __slots__ = ("agent", "lease", "namespace", "timeout")
+
+    def __init__(self, namespace: str = "", lease: str = "", timeout: float | None = None, agent: str = "") -> None:
+        self.agent = agent
         self.namespace = namespace
         self.lease = lease
         self.timeout = timeout

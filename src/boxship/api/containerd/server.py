@@ -64,13 +64,15 @@ def code_name(code: int) -> str:
 
 
 def _call_of(context: grpc.aio.ServicerContext[Any, Any]) -> Call:
-    namespace = lease = ""
+    namespace = lease = agent = ""
     for key, value in context.invocation_metadata() or ():
         if key == NAMESPACE_HEADER:
             namespace = value
         elif key == LEASE_HEADER:
             lease = value
-    return Call(namespace, lease)
+        elif key == "user-agent":
+            agent = value
+    return Call(namespace, lease, agent=agent)
 
 
 def _handler(function: Callable[..., Any], service: str, method: Method, observer: Observer) -> grpc.RpcMethodHandler[Any, Any]:

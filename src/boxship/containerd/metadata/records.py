@@ -17,12 +17,18 @@ from boxship.containerd.events import Exchange
 from boxship.containerd.filters import parse_all
 from boxship.containerd.metadata.database import Database, Labels, now
 from boxship.containerd.namespaces import check_labels
-from boxship.kit.errors import AlreadyExists, InvalidArgument, NotFound
+from boxship.kit.errors import AlreadyExists, InvalidArgument, NotFound, Unsupported
 from boxship.oci import digest as digests
 
 Collect = Callable[[], Awaitable[None]]
 """Collects garbage and returns when all that is garbage now is gone."""
 EXPIRE = "containerd.io/gc.expire"
+GO = "grpc-go/"
+"""In the name of the library that containerd's clients use."""
+STREAMED = 20
+"""Up to so many containers a stream is as fast as anything."""
+LIST_MAX = 12 << 20
+"""Bytes of containers that certainly fit in the one message that List answers."""
 
 
 def label_field(labels: Any, path: list[str]) -> str | None:
@@ -67,11 +73,21 @@ class _Records:
 
     def all(self, namespace: str) -> Iterator[Any]:
         """Sorted by name."""
+        return map(self._message.FromString, self.encoded(namespace))
+
+    def encoded(self, namespace: str) -> list[bytes]:
+        """As `all`, in the bytes that are kept."""
         with self._database.reading() as rows:
             found = rows.execute(
                 "SELECT record FROM records WHERE kind=? AND namespace=? ORDER BY id", (self._kind, namespace)).fetchall()
-        for row in found:
-            yield self._message.FromString(row[0])
+        return [row[0] for row in found]
+
+    def size(self, namespace: str) -> tuple[int, int]:
+        """How many there are, and their bytes."""
+        with self._database.reading() as rows:
+            count, size = rows.execute("SELECT count(*), ifnull(sum(length(record)), 0) FROM records WHERE kind=? AND namespace=?",
+                                       (self._kind, namespace)).fetchone()
+        return count, size
 
     def create(self, namespace: str, name: str, record: Any, created_at: Any = None) -> None:
         """Sets both times, unless `created_at` is given. Raises AlreadyExists."""
@@ -188,10 +204,22 @@ class Containers:
 
     async def List(self, request: Any, call: Call) -> Any:
         """Those that pass one of the filters, sorted by id. Raises InvalidArgument."""
+        if not any(request.filters):
+            # The answer is put together of what is kept, a third of the time that a message for each takes.
+            encoded = self._records.encoded(call.required_namespace())
+            return pb.containers.ListContainersResponse.FromString(b"".join(map(_field_1, encoded)))
         return pb.containers.ListContainersResponse(containers=self._list(request.filters, call))
 
     async def ListStream(self, request: Any, call: Call) -> AsyncIterator[Any]:
-        """As List, one by one."""
+        """As List, one by one. Raises Unsupported when containerd's own library asks and List is faster.
+
+        That library takes Unsupported for an older server and asks for List instead. gRPC spends 0.2 ms on each message of a
+        stream here, so that a thousand containers take three times as long as in one message.
+        """
+        if GO in call.agent:
+            count, size = self._records.size(call.required_namespace())
+            if count > STREAMED and size < LIST_MAX:
+                raise Unsupported(f"{count} containers are told faster by List: not implemented")
         for container in self._list(request.filters, call):
             yield pb.containers.ListContainerMessage(container=container)
 
@@ -245,6 +273,16 @@ class Containers:
         self._records.delete(namespace, request.id)
         self._exchange.publish(namespace, "/containers/delete", pb.container_events.ContainerDelete(id=request.id))
         return Empty()
+
+
+def _field_1(record: bytes) -> bytes:
+    """A message as the first field of another one, on the wire."""
+    length, size = bytearray(), len(record)
+    while size > 0x7F:
+        length.append(size & 0x7F | 0x80)
+        size >>= 7
+    length.append(size)
+    return b"\n" + length + record
 
 
 def _check_container(container: Any) -> None:
