@@ -85,8 +85,8 @@ class _Records:
     def size(self, namespace: str) -> tuple[int, int]:
         """How many there are, and their bytes."""
         with self._database.reading() as rows:
-            count, size = rows.execute("SELECT count(*), ifnull(sum(length(record)), 0) FROM records WHERE kind=? AND namespace=?",
-                                       (self._kind, namespace)).fetchone()
+            query = "SELECT count(*), ifnull(sum(length(record)), 0) FROM records WHERE kind=? AND namespace=?"
+            count, size = rows.execute(query, (self._kind, namespace)).fetchone()
         return count, size
 
     def create(self, namespace: str, name: str, record: Any, created_at: Any = None) -> None:
