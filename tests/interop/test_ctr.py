@@ -214,7 +214,7 @@ def test_snapshots(ctr: Server) -> None:
     ctr("snapshots", "commit", "mine", "active")
     assert json.loads(ctr("snapshots", "info", "mine"))["Kind"] == "Committed"
     assert "mine" in ctr("snapshots", "usage", "mine")
-    ctr("snapshots", "rm", "look")
+    ctr.run("snapshots", "rm", "look")  # ctr keeps views by nothing: a collection may have been quicker
     ctr("snapshots", "rm", "mine")
     assert "not found" in ctr.run("snapshots", "info", "mine").stderr
     assert "not found" in ctr.run("snapshots", "prepare", "x", "nothing").stderr
@@ -317,7 +317,7 @@ def test_events_are_told_in_order(ctr: Server, name: str) -> None:
     time.sleep(0.5)
     ctr("run", "--rm", NAME, name, "true")
     output, _ = listening.communicate(timeout=20)
-    topics = [line.split()[5] for line in output.splitlines() if line.split()[4] == "default"]
+    topics = [line.split()[5] for line in output.splitlines() if name in line]
     wanted = ["/snapshot/prepare", "/containers/create", "/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete",
               "/containers/delete", "/snapshot/remove"]
     assert [topic for topic in topics if topic in wanted and topic != "/snapshot/remove"] == wanted[:-1]
