@@ -447,11 +447,15 @@ def _scopes(challenge: Challenge) -> list[str]:
 
 def _check_realm(realm: str, registry: str, *, encrypted: bool) -> None:
     """Credentials travel to the realm: it must be a URL, and encrypted as the registry is unless it is this machine."""
-    parts = urlsplit(realm)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InvalidArgument(f"{registry}: invalid token server {realm!r} in its challenge")
-    if parts.scheme == "http" and encrypted and not is_loopback(parts.hostname):
-        raise InvalidArgument(f"{registry}: the token server {realm!r} would get credentials unencrypted")
+    try:
+        parts = urlsplit(realm)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        known = False
+    if not known:
+        raise InvalidArgument(f"{registry}: invalid token server {realm[:200]!r} in its challenge")
+    if parts.scheme == "http" and encrypted and not is_loopback(parts.hostname or ""):
+        raise InvalidArgument(f"{registry}: the token server {realm[:200]!r} would get credentials unencrypted")
 
 
 def _origin(url: str) -> str:

@@ -16,12 +16,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Container, Itera
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
-from urllib.parse import quote, urljoin
+from urllib.parse import quote
 
 import aiohttp
 
 from boxship.images.hosts import PULL, PUSH, REFERRERS, RESOLVE, Host
-from boxship.images.transport import Body, Request, Transport, bytes_body, read_body, read_json
+from boxship.images.transport import Body, Request, Transport, bytes_body, joined, read_body, read_json
 from boxship.kit.errors import (
     BoxshipError,
     DataLoss,
@@ -284,7 +284,7 @@ class Repository:
                     if not isinstance(answer, dict):
                         raise DataLoss(f"{what}: expected an object")
                     following = _LINK.search(response.headers.get("Link", ""))
-                    return answer, urljoin(str(response.url), following[1]) if following else "", host
+                    return answer, joined(str(response.url), following[1]) if following else "", host
 
             answer, path, host = await (page(host) if host is not None else self._first(capability, page))
             yield answer
@@ -636,7 +636,12 @@ def _location(response: aiohttp.ClientResponse, default: str = "") -> str:
     location = response.headers.get("Location", "")
     if not location and not default:
         raise DataLoss(f"{response.method} {response.url}: the registry gives no Location for the upload")
-    return urljoin(str(response.url), location) if location else default
+    if not location:
+        return default
+    target = joined(str(response.url), location)
+    if not target:
+        raise DataLoss(f"{response.method} {response.url}: the registry gives the Location {location[:200]!r}, which is no URL")
+    return target
 
 
 def _minimum(response: aiohttp.ClientResponse) -> int:

@@ -217,11 +217,11 @@ class Transport:
                 return response
             response.close()
             seen.add((method, url))
-            target = urljoin(url, location)
-            parts = urlsplit(target)
-            if parts.scheme not in ("http", "https") or not parts.netloc:
-                raise InvalidArgument(f"{request.method} {_shown(url)}: redirected to {location!r}, which is no URL of HTTP")
-            if url.startswith("https:") and parts.scheme == "http":
+            target = joined(url, location)
+            if not target:
+                where = f"{request.method} {_shown(url)}"
+                raise InvalidArgument(f"{where}: redirected to {location[:200]!r}, which is no URL of HTTP", _ASK)
+            if url.startswith("https:") and target.startswith("http:"):
                 raise InvalidArgument(f"{request.method} {_shown(url)}: redirected from https to {_shown(target)}")
             if response.status == 303 and method != "HEAD":
                 method, body = "GET", None
@@ -244,6 +244,8 @@ class Transport:
                 all_headers["Content-Length"] = str(request.length)
         elif method in ("POST", "PUT", "PATCH"):
             all_headers["Content-Length"] = "0"
+        if not is_url(url):
+            raise InvalidArgument(f"{method} {url[:200]!r}: no URL of HTTP", _ASK)
         proxy, proxy_headers = _proxy(url)
         if url.startswith("http:"):
             all_headers.update(proxy_headers)
@@ -270,6 +272,9 @@ class Transport:
             raise Unreachable(f"{method} {_shown(url)}: {_of(error)}") from None
         except (aiohttp.ClientError, OSError) as error:
             raise Unavailable(f"{method} {_shown(url)}: the connection broke: {_of(error)}", _RETRY) from None
+        except (ValueError, UnicodeError) as error:
+            # Of a host name or header that cannot be sent.
+            raise InvalidArgument(f"{method} {_shown(url)}: {_printable(str(error))}", _ASK) from None
         if self._trace is not None:
             self._trace(f"{method} {_shown(url)}: {response.status} {response.reason}")
         self._warnings(host, response)
@@ -354,7 +359,8 @@ class Transport:
     async def _error(self, response: aiohttp.ClientResponse, host: Host, request: Request) -> BoxshipError:
         """The error that an answer means."""
         text, codes = await _reason(response)
-        where = f"{request.method} {_shown(str(response.url))}: {response.status} {response.reason or ''}".rstrip()
+        reason = _printable(response.reason or "")[:100]
+        where = f"{request.method} {_shown(str(response.url))}: {response.status} {reason}".rstrip()
         message = f"{request.what}: {where}{text}" if request.what else f"{where}{text}"
         status = response.status
         if status == 401:
@@ -507,6 +513,28 @@ def _proxy(url: str) -> tuple[URL | None, dict[str, str]]:
     return proxy.with_user(None), user
 
 
+def is_url(text: str) -> bool:
+    """Whether a request can be sent there; what servers say of other places is not always a URL."""
+    try:
+        parts = urlsplit(text)
+        host = parts.hostname or ""
+        if parts.scheme not in ("http", "https") or not host or parts.port == 0 or not URL(text, encoded=True).host:
+            return False
+        host.encode("ascii" if host.isascii() else "idna")
+    except (ValueError, UnicodeError):
+        return False
+    return ":" in host or all(0 < len(label) < 64 for label in host.rstrip(".").split("."))
+
+
+def joined(base: str, location: str) -> str:
+    """Where `location` leads from `base`; "" when it is no URL of HTTP."""
+    try:
+        target = urljoin(base, location)
+    except ValueError:
+        return ""
+    return target if is_url(target) else ""
+
+
 def _shown(url: str) -> str:
     """A URL for people: without the query, which may hold signatures, and without any user."""
     parts = urlsplit(url)
@@ -524,7 +552,7 @@ def _of(error: BaseException) -> str:
         return (error.os_error.strerror or str(error.os_error)).lower()
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    return str(error) or type(error).__name__
+    return _printable(str(error))[:300] or type(error).__name__
 
 
 def _certificate(error: BaseException) -> str:

@@ -1080,6 +1080,21 @@ def test_a_failed_upload_is_cancelled() -> None:
     story(work)
 
 
+@pytest.mark.parametrize("location", ["", "http://[::1", "file:///etc/passwd", "http://a:99999/"])
+def test_an_upload_to_no_place_is_refused(location: str) -> None:
+    async def work(registry: Registry, client: Client) -> None:
+        target = await stored(client, registry, (BIG,))
+
+        async def hook(request: web.Request) -> web.Response | None:
+            return web.Response(status=202, headers={"Location": location}) if request.method == "POST" else None
+
+        registry.hooks.append(hook)
+        with pytest.raises(DataLoss, match="Location"):
+            await client.push("lib/new", target, "v1")
+
+    story(work)
+
+
 def test_an_index_is_pushed_whole_when_it_is_here_and_as_one_image_otherwise() -> None:
     async def work(registry: Registry, client: Client) -> None:
         images = [registry.add_image("lib/app", "", layers=(name.encode(),), architecture=name) for name in ("arm64", "amd64")]
