@@ -27,7 +27,7 @@ def read(path: Path, log: LogFile | None = None, **wanted: object) -> list[Entry
 
 
 def texts(entries: list[Entry]) -> list[bytes]:
-    return [entry.text for entry in entries]
+    return [entry[2] for entry in entries]
 
 
 def test_lines_are_objects_that_docker_reads(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_follower_gets_everything_through_rotations_and_ends_with_the_log(tmp_
 
         async def follow() -> None:
             async for entries in logs.read(str(tmp_path / "log"), Wanted(BOTH, follow=True), log):
-                found.extend(entry.text for entry in entries)
+                found.extend(entry[2] for entry in entries)
 
         task = asyncio.ensure_future(follow())
         for number in range(50):
@@ -125,7 +125,7 @@ def test_a_follower_gets_everything_through_rotations_and_ends_with_the_log(tmp_
 
 
 def test_frames_have_stream_and_length(tmp_path: Path) -> None:
-    entries = [Entry(STDOUT, "2026-01-01T00:00:00.5Z", b"a\n", {}), Entry(STDERR, "2026-01-01T00:00:01Z", b"bc\n", {"x": "y"})]
+    entries: list[Entry] = [(STDOUT, b"2026-01-01T00:00:00.5Z", b"a\n", {}), (STDERR, b"2026-01-01T00:00:01Z", b"bc\n", {"x": "y"})]
     assert logs.render(entries, multiplexed=True, timestamps=False, details=False) == (
         b"\x01\0\0\0\0\0\0\x02a\n\x02\0\0\0\0\0\0\x03bc\n")
     assert logs.render(entries, multiplexed=False, timestamps=True, details=True) == (
