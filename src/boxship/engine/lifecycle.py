@@ -31,7 +31,6 @@ from boxship.oci.text import dumps
 RESOURCES_URL = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
 _DRAIN_S = 2.0
 _BACKOFF_S, _BACKOFF_MAX_S, _STEADY_S = 0.1, 60.0, 10.0
-_DIRECT = ("create", "start", "exit", "oom", "paused", "resumed", "delete", "exec-added", "exec-started")
 
 
 class Lifecycle:
@@ -167,8 +166,8 @@ class Lifecycle:
             state = container.state
             if not state.running or state.restarting or (pid and state.pid != pid):
                 return  # told twice: by the event and by the look at the daemon's start
-            if container.streams is not None:
-                await container.streams.drain(_DRAIN_S)
+            # At the daemon's start the event may come before the look: what waits in the FIFOs has to be read all the same.
+            await self._reopen(container).drain(_DRAIN_S)
             try:
                 await core.containerd.tasks.Delete(tasks.DeleteTaskRequest(container_id=container.id), core.call)
             except NotFound:
@@ -439,7 +438,8 @@ class Lifecycle:
             state = container.state
             if container.lock.locked() or before.get(container.id) != state.pid:
                 continue
-            if state.running and container.streams is not None and task is not None and task.status == types.RUNNING:
+            taken = container.streams is not None and container.streams.started.is_set()
+            if state.running and taken and task is not None and task.status == types.RUNNING:
                 continue
             if state.removing:
                 async with container.lock:
@@ -465,14 +465,7 @@ class Lifecycle:
     def _take_up(self, container: Container, task: Any) -> None:
         """A task that outlived the former daemon: its streams, its log, its checks."""
         state = container.state
-        if container.streams is None:
-            streams = self.streams(container)
-            self._open_log(container, streams)
-            try:
-                streams.open()
-                streams.started.set()
-            except OSError:
-                streams.close()  # the FIFOs are gone with the machine's /run; the container lives on without them
+        self._reopen(container)
         if not state.running or state.restarting:
             state.started_at = times.now()
         state.running, state.restarting, state.pid = True, False, task.pid
@@ -481,6 +474,18 @@ class Lifecycle:
         self._core.save(container)
         if task.status != types.STOPPED:
             self.checker.begin(container)
+
+    def _reopen(self, container: Container) -> Streams:
+        """The streams of a container that a former daemon started, opened when they are not yet."""
+        streams = self.streams(container)
+        if not streams.started.is_set():
+            try:
+                self._open_log(container, streams)
+                streams.open()
+            except OSError:
+                streams.close()  # the FIFOs are gone with the machine's /run; the container lives on without them
+            streams.started.set()
+        return streams
 
     async def _clean(self) -> None:
         """Take away what a killed daemon had begun to make."""
