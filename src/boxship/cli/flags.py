@@ -15,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SWITCH, VALUE, LIST = "switch", "value", "list"
+SWITCH, VALUE, LIST, NUMBER = "switch", "value", "list", "number"
 
 _TRUE, _FALSE = ("1", "t", "T", "true", "TRUE", "True"), ("0", "f", "F", "false", "FALSE", "False")
 
@@ -39,7 +39,12 @@ class Flag:
     @property
     def empty(self) -> object:
         """What the flag is when it is not given: False, None or an empty list."""
-        return {SWITCH: False, VALUE: None, LIST: []}[self.kind]
+        return {SWITCH: False, VALUE: None, LIST: [], NUMBER: None}[self.kind]
+
+    @property
+    def shown(self) -> str:
+        """As pflag names it in errors."""
+        return f"-{self.short}, --{self.long}" if self.short else f"--{self.long}"
 
 
 class Parsed:
@@ -61,6 +66,11 @@ class Parsed:
         value = self.values[name]
         return value if isinstance(value, str) else None
 
+    def number(self, name: str) -> int | None:
+        """A whole number; None when it was not given."""
+        value = self.values[name]
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
     def list(self, name: str) -> list[str]:
         """The values of a flag that may be repeated, in order."""
         value = self.values[name]
@@ -75,16 +85,38 @@ class Parsed:
             self.values[flag.long] = value
 
 
-def parse(flags: Sequence[Flag], arguments: Sequence[str]) -> Parsed:
-    """Read flags up to the first word. Raises UsageError in docker's words."""
+_LISTS = ("list", "filter", "map", "ulimit", "mount", "gpu-request", "network", "list-of-bytes", "stringArray")
+
+
+def table(lines: str) -> tuple[Flag, ...]:
+    """Flags from lines of `[s,]long [metavar] | text`. What has no metavar is a switch; `int` is a number; some are lists."""
+    flags = []
+    for line in lines.strip().splitlines():
+        left, _, text = line.partition("|")
+        names, _, metavar = left.strip().partition(" ")
+        short, comma, long = names.partition(",")
+        if not comma:
+            short, long = "", names
+        metavar = metavar.strip()
+        kind = SWITCH if not metavar else NUMBER if metavar == "int" else LIST if metavar in _LISTS else VALUE
+        flags.append(Flag(long, kind, text.strip(), short=short, metavar=metavar))
+    return tuple(flags)
+
+
+def parse(flags: Sequence[Flag], arguments: Sequence[str], *, interspersed: bool = False) -> Parsed:
+    """Read flags up to the first word, or wherever they stand if `interspersed`. Raises UsageError in docker's words."""
     long = {flag.long: flag for flag in flags}
     short = {flag.short: flag for flag in flags if flag.short}
     parsed = Parsed(flags)
     rest = list(arguments)
-    while rest and rest[0].startswith("-") and rest[0] != "-":
+    words: list[str] = []
+    while rest and (interspersed or (rest[0].startswith("-") and rest[0] != "-")):
         argument = rest.pop(0)
         if argument == "--":
             break
+        if not argument.startswith("-") or argument == "-":
+            words.append(argument)
+            continue
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
             if name not in long:
@@ -92,7 +124,7 @@ def parse(flags: Sequence[Flag], arguments: Sequence[str]) -> Parsed:
             _take(parsed, long[name], f"--{name}", value if equals else None, rest)
         else:
             _cluster(parsed, short, argument[1:], rest)
-    parsed.words = rest
+    parsed.words = words + rest
     return parsed
 
 
@@ -106,7 +138,7 @@ def _cluster(parsed: Parsed, short: dict[str, Flag], letters: str, rest: list[st
             _take(parsed, flag, f"-{letter}", following[1:], rest)
             return
         if flag.kind != SWITCH:
-            _take(parsed, flag, f"-{letter}", following or None, rest)
+            _take(parsed, flag, f"'{letter}' in -{letters}", following or None, rest)
             return
         parsed.set(flag, True)
 
@@ -114,13 +146,22 @@ def _cluster(parsed: Parsed, short: dict[str, Flag], letters: str, rest: list[st
 def _take(parsed: Parsed, flag: Flag, written: str, value: str | None, rest: list[str]) -> None:
     if flag.kind == SWITCH:
         if value is not None and value not in _TRUE + _FALSE:
-            raise UsageError(f'invalid argument "{value}" for "{written}" flag: not a truth value')
+            raise UsageError(
+                f'invalid argument "{value}" for "{flag.shown}" flag: strconv.ParseBool: parsing "{value}": invalid syntax')
         parsed.set(flag, value is None or value in _TRUE)
         return
     if value is None:
         if not rest:
             raise UsageError(f"flag needs an argument: {written}")
         value = rest.pop(0)
+    if flag.kind == NUMBER:
+        try:
+            parsed.set(flag, int(value))
+        except ValueError:
+            raise UsageError(
+                f'invalid argument "{value}" for "{flag.shown}" flag: strconv.ParseInt: parsing "{value}": invalid syntax'
+            ) from None
+        return
     parsed.set(flag, value)
 
 
@@ -128,6 +169,8 @@ def describe(flags: Sequence[Flag]) -> str:
     """The flags as lines of a help text."""
     rows = []
     for flag in flags:
+        if not flag.help:
+            continue
         name = f"-{flag.short}, --{flag.long}" if flag.short else f"    --{flag.long}"
         rows.append((f"  {name} {flag.metavar}".rstrip(), flag.help))
     width = max(len(left) for left, _ in rows) + 3

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 
-from boxship.cli import flags as f
 from boxship.kit.errors import AlreadyExists, BoxshipError, InvalidArgument, NotFound, Unsupported
 
 TYPE_CHECKING = False
@@ -25,47 +24,15 @@ if TYPE_CHECKING:
 OWN_FAILURE, NOT_EXECUTABLE, NOT_THERE = 125, 126, 127
 """docker's exit codes: boxship itself failed, the command cannot be run, the command is not there."""
 
-FLAGS = (
-    f.Flag("cpus", f.VALUE, "number of CPUs' worth of time, such as 1.5", metavar="decimal"),
-    f.Flag("env", f.LIST, "set an environment variable; a name alone takes the caller's", short="e", metavar="NAME[=VALUE]"),
-    f.Flag("env-file", f.LIST, "read environment variables from a file", metavar="file"),
-    f.Flag("help", f.SWITCH, "show this"),
-    f.Flag("hostname", f.VALUE, "host name of the container", short="h", metavar="name"),
-    f.Flag("interactive", f.SWITCH, "connect standard input", short="i"),
-    f.Flag("memory", f.VALUE, "memory limit, with suffix b, k, m or g", short="m", metavar="bytes"),
-    f.Flag("name", f.VALUE, "name of the container", metavar="name"),
-    f.Flag("network", f.VALUE, 'network: "none" (the default: loopback only) or "host" (the caller\'s)', metavar="mode"),
-    f.Flag("pids-limit", f.VALUE, "limit of processes and threads, -1 for none", metavar="int"),
-    f.Flag("read-only", f.SWITCH, "make the root file system read-only"),
-    f.Flag("rm", f.SWITCH, "remove the container when it exits (always so: there is nothing to keep it for)"),
-    f.Flag("security-opt", f.LIST, "no-new-privileges, or seccomp=unconfined", metavar="option"),
-    f.Flag("tty", f.SWITCH, "give the process a terminal", short="t"),
-    f.Flag("user", f.VALUE, "user name or id, and group", short="u", metavar="name|uid[:group|gid]"),
-    f.Flag("volume", f.LIST, "show a file or directory inside", short="v", metavar="source:target[:ro]"),
-    f.Flag("workdir", f.VALUE, "working directory of the process", short="w", metavar="directory"),
-)
-USAGE = """Usage:  boxship run [OPTIONS] IMAGE [COMMAND] [ARG...]
-
-Run a command in a new container.
-
-IMAGE is one of
-  host          this machine's own programs under a copy-on-write layer, without its users' and system's private files
-  DIRECTORY     a directory with a root file system; it stays as it is
-  BUNDLE        a directory with an OCI config.json, whose settings the options change
-
-Options:
-"""
-NO_IMAGE = "boxship run requires at least 1 argument."
+FLAGS = frozenset((
+    "cpus", "env", "env-file", "help", "hostname", "interactive", "memory", "name", "network", "net", "pids-limit", "read-only",
+    "rm", "security-opt", "sig-proxy", "tty", "user", "volume", "workdir",
+))
+"""The flags of `boxship run` that are carried out here. The others need the daemon."""
 
 
-def run(arguments: Sequence[str], environ: Mapping[str, str], say: Callable[[str], None]) -> int:
+def run(parsed: Parsed, environ: Mapping[str, str], say: Callable[[str], None]) -> int:
     """The command: returns its exit code. `say` gets what goes to standard error. Raises BoxshipError."""
-    parsed = f.parse(FLAGS, arguments)
-    if parsed.switch("help"):
-        os.write(1, (USAGE + f.describe(FLAGS) + "\n").encode())
-        return 0
-    if not parsed.words:
-        raise f.UsageError(NO_IMAGE)
     if parsed.switch("tty") and parsed.switch("interactive") and not os.isatty(0):
         say("the input device is not a TTY")
         return 1
@@ -86,7 +53,8 @@ class Run:
         name = parsed.text("name")
         self.id = name if name is not None else os.urandom(6).hex()
         self.hostname = parsed.text("hostname") or self.id[:64]
-        network = parsed.text("network")
+        networks = parsed.list("network") + parsed.list("net")
+        network = networks[-1] if networks else None
         if network not in (None, "none", "host"):
             raise InvalidArgument(f"network {network} not found", 'there are "none" and "host"')
         self.network = network
@@ -195,10 +163,10 @@ class Run:
         config.setdefault("mounts", []).extend(values.volume(text, self.cwd) for text in parsed.list("volume"))
         if parsed.switch("read-only"):
             self._read_only(config)
-        memory, cpus, pids = parsed.text("memory"), parsed.text("cpus"), parsed.text("pids-limit")
+        memory, cpus, pids = parsed.text("memory"), parsed.text("cpus"), parsed.number("pids-limit")
         specs.limit(
             config, memory=values.size(memory) if memory else None, swap=_swap_is_counted(),
-            cpu=values.cpus(cpus) if cpus else None, pids=values.pids(pids) if pids else None,
+            cpu=values.cpus(cpus) if cpus else None, pids=pids or -1 if pids is not None else None,
         )
         self._security(kind, config)
         if kind != image.BUNDLE and not self.rootless:

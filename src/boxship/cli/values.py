@@ -54,14 +54,6 @@ def cpus(text: str) -> tuple[int, int]:
     return quota, period
 
 
-def pids(text: str) -> int:
-    """A limit of processes; -1 and 0 mean none. Raises InvalidArgument."""
-    try:
-        return int(text) or -1
-    except ValueError:
-        raise InvalidArgument(f'invalid argument "{text}" for "--pids-limit" flag: not a number') from None
-
-
 def environment(words: Iterable[str], caller: Mapping[str, str]) -> list[str]:
     """NAME=VALUE as it is; NAME alone takes the caller's value, and is left out when the caller has none."""
     result = []

@@ -1,0 +1,1 @@
+"""The engine's REST API from a client's side: connection, streams, and a daemon that is started when it is needed."""

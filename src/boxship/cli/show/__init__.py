@@ -1,0 +1,1 @@
+"""How answers are shown: templates, tables, sizes, times, progress."""

@@ -1,0 +1,1 @@
+"""The subcommands that talk to the engine, a family in each module."""
