@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from boxship.api.task import pb
 from boxship.api.task.services import EVENTS, TASK, TASK_V2
 from boxship.api.ttrpc import wire
 from boxship.api.ttrpc.client import Client
+from boxship.kit.errors import NotFound, Unavailable
 from boxship.oci.defaults import default_spec
 from support import image
 
@@ -112,6 +114,7 @@ class Daemon:
         self.events = Events(self.folder / "containerd.sock.ttrpc")
         self.events.up()
         self.environ: dict[str, str] = {}
+        self.publish = "/bin/false"
         self.options = pb.runc_options.Options(root=str(self.folder / "runtime"), **options)
         self.rootfs = self.folder / "rootfs"
         image.unpack(self.rootfs)
@@ -166,7 +169,7 @@ class Task:
     def run_shim(self, *action: str, given: bytes = b"", **settings: Any) -> subprocess.CompletedProcess[bytes]:
         """The shim's program, as containerd calls it."""
         environ = dict(os.environ, TTRPC_ADDRESS=str(self.daemon.events.path), GRPC_ADDRESS=self.daemon.address) | self.daemon.environ
-        words = [self.daemon.shim, "-namespace", NAMESPACE, "-address", self.daemon.address, "-publish-binary", "/bin/false",
+        words = [self.daemon.shim, "-namespace", NAMESPACE, "-address", self.daemon.address, "-publish-binary", self.daemon.publish,
                  "-id", self.id, *action]
         return subprocess.run(words, cwd=self.bundle, env=environ, input=given, capture_output=True, timeout=30, **settings)
 
@@ -264,18 +267,17 @@ class Task:
 
     def clean(self) -> None:
         """Whatever state it is in."""
-        if self.bundle.exists():
-            self.run_shim("-bundle", str(self.bundle), "delete")
-            if self.address and self.client is not None:
+        if self.address:
+            # A connection of its own: a test may have broken the other.
+            try:
+                self.connect()
                 try:
-                    self.call("Shutdown", now=True, timeout_s=1)
-                except Exception:  # noqa: BLE001 - it may be gone, which is what is wanted
-                    pass
-                try:
-                    Client(self.address).call(TASK_V2, "Shutdown", pb.task.ShutdownRequest(now=True), pb.task.ShutdownRequest,
-                                              timeout_s=1)
-                except Exception:  # noqa: BLE001
-                    pass
+                    os.kill(self.shim_pid(), signal.SIGKILL)
+                except NotFound:
+                    self.call("Shutdown")
+            except Unavailable:
+                pass
+        self.run_shim("-bundle", str(self.bundle), "delete")
         if self.log >= 0:
             os.close(self.log)
             self.log = -1

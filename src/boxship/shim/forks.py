@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 
+from boxship.oci import text
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -79,7 +81,10 @@ def _become(argv: Sequence[str], stdio: Sequence[int], environ: bytes) -> int:
     try:
         os.execvpe(argv[0], list(argv), unpack_environ(environ))
     except OSError as error:
-        os.write(2, f"{argv[0]}: {(error.strerror or '').lower()}\n".encode())
+        # Standard error is the container's. The runtime would report to its log, so that is where this is looked for.
+        complaint = text.dumps({"level": "error", "msg": f"exec: {argv[0]}: {(error.strerror or '').lower()}"})
+        with open(argv[argv.index("--log") + 1], "a") as log:
+            log.write(complaint + "\n")
         return 127
 
 

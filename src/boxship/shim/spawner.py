@@ -35,6 +35,7 @@ WORD = Struct("=iiii")
 EXIT = 5
 _FDS = 5
 _FILLINGS = 400
+_LAST_BIRTHS_MS = 1000
 _SIGCHLD, _SIG_IGN, _SIG_DFL = 17, 1, 0
 
 
@@ -111,8 +112,10 @@ class Spawner:
             for fd, _ in ready:
                 self._take(fd)
         os.unlink(self._path)
+        poll.unregister(self._listener.fileno())
+        self._listener.close()
         # What was promised is kept: shims that were asked for before.
-        while poll.poll(200):
+        while poll.poll(_LAST_BIRTHS_MS):
             self._take(self._births.fileno())
 
     def _take(self, fd: int) -> None:
