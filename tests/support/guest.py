@@ -41,9 +41,9 @@ MEMORY_MIB, CPUS = 1024, 2
 BUILD_TIMEOUT_S = 420
 BOOT_TIMEOUT_S = 120
 """Until the first report."""
-RUN_TIMEOUT_S = 280
+RUN_TIMEOUT_S = 480
 """For all of a guest's life."""
-ENOUGH_S = 150
+ENOUGH_S = 240
 """After that no test is begun that could be left out."""
 
 # Debian's kernel has NVMe and ext4 built in, so it needs no initramfs. It mounts nothing by itself.

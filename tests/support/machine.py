@@ -237,7 +237,8 @@ class Machine:
         """Mounts of the namespace, cgroups of the tests, processes below this one, and the runtime's records."""
         reap()
         with open(f"/proc/{self.holder.pid}/mountinfo") as file:
-            mounts = [" ".join(line.split()[2:]) for line in file]
+            # A CRIU that is killed leaves the v2 hierarchy without its options; one that is not is looked at by its tests.
+            mounts = [" ".join(line.split()[2:]).removesuffix(",nsdelegate") for line in file]
         below = _descendants()
         warm = {self.holder.pid} | {pid for pid, _, command, _ in below if _is_warm(command)}
         # A worker that ended stays a zombie until its server looks for it.

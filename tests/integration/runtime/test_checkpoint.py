@@ -49,6 +49,11 @@ def numbers(bundle: Bundle) -> list[int]:
     return [int(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def v2_options(machine: Machine) -> list[str]:
+    with open(f"/proc/{machine.holder.pid}/mountinfo") as file:
+        return sorted({line.split()[-1] for line in file if " - cgroup2 " in line})
+
+
 def outside(bundle: Bundle, machine: Machine, box: str, *flags: str) -> None:
     """Run it with standard streams that CRIU does not have to care for."""
     machine.ok("run", "--detach", *flags, "--bundle", bundle.write(), box, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -59,6 +64,7 @@ def test_it_goes_on_where_it_stood(
 ) -> None:
     outside(counting, machine, box)
     eventually(lambda: len(numbers(counting)) > 5)
+    before = v2_options(machine)
     for turn in range(2):
         path = images / str(turn)
         machine.ok("checkpoint", "--image-path", str(path), "--work-path", str(tmp_path / "work"), box, env=environ)
@@ -77,6 +83,7 @@ def test_it_goes_on_where_it_stood(
         assert numbers(counting) == list(range(1, len(numbers(counting)) + 1))
         assert machine.ok("exec", box, "cat", "/proc/1/comm") == "sh\n"
         assert not os.path.exists(f"{machine.root}/run/boxship/boxrun/{box}/criu-root")
+        assert v2_options(machine) == before, "CRIU mounts the hierarchy without, and that is everybody's"
     machine.ok("pause", box)
     machine.ok("resume", box)
     machine.ok("kill", box, "KILL")
