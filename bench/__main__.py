@@ -275,7 +275,8 @@ def main() -> None:
         print(row("peak memory of the called process", bench.memory(), "MiB"))
         print()
         begun, whole = bench.library()
-        print(f"`lifecycle.run` in this process: {statistics.median(begun):.1f} ms to the program, {statistics.median(whole):.1f} ms in all")
+        to_program, in_all = statistics.median(begun), statistics.median(whole)
+        print(f"`lifecycle.run` in this process: {to_program:.1f} ms to the program, {in_all:.1f} ms in all")
         print(f"warm server and its waiting workers: {pss_of_idle_server():.1f} MiB (PSS)")
 
 
