@@ -58,6 +58,8 @@ _IN_CHANGES = 0x8 | 0x40 | 0x80 | 0x200 | 0x400 | 0x800  # CLOSE_WRITE, MOVED_FR
 _SPAWN, _WAIT, _FDS, _ATTEND, _EXIT = 1, 2, 3, 4, 5
 _FDS_AT_ONCE = 200  # as boxrun.c has room for
 _REPLY, _WINDOW, _ENDED = 0, 1, 2
+_FIRST_MOUNT_NAMESPACES = (0xEFFFFFF8, 0xF0000000, 0xF0000001)
+"""Inode numbers of the first one: MNT_NS_INIT_INO since Linux 6.18, and what the kernel's counter began with before."""
 _FIELDS = (
     b"\nUid:", b"\nGid:", b"\nGroups:", b"\nCapInh:", b"\nCapPrm:", b"\nCapEff:", b"\nCapBnd:", b"\nCapAmb:",
     b"\nNoNewPrivs:", b"\nSeccomp:",
@@ -412,10 +414,12 @@ class _Place:
 
 
 def _at_home() -> bool:
+    """Whether this is the machine's own mount namespace."""
+    own = os.stat("/proc/self/ns/mnt").st_ino
     try:
-        return os.stat("/proc/self/ns/mnt").st_ino == os.stat("/proc/1/ns/mnt").st_ino
+        return own == os.stat("/proc/1/ns/mnt").st_ino
     except PermissionError:
-        return True  # another user's: no telling
+        return own in _FIRST_MOUNT_NAMESPACES  # pid 1 is another user's, or protected
 
 
 def _fork_worker(listener: _socket.socket, place: _Place, rehearsal: Rehearsal, handles: Sequence[int]) -> int:
