@@ -37,6 +37,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from boxship.linux.cgroups import Cgroup
     from boxship.linux.criu import Answer
     from boxship.oci.config import Spec
     from boxship.runtime.command.flags import Parsed
@@ -179,17 +180,22 @@ def check_version(context: Context) -> int:
     return version
 
 
-def external_mounts(spec: Spec, bundle: str, cgroup: object) -> Iterator[tuple[str, str]]:
+def external_mounts(spec: Spec, bundle: str, cgroup: Cgroup | None) -> Iterator[tuple[str, str]]:
     """(where in the container, where from) of every mount that comes from outside."""
     linux = spec.linux
+    userns = linux is not None and any(ns.type == "user" for ns in linux.namespaces)
     own_cgroup_ns = linux is not None and any(ns.type == "cgroup" for ns in linux.namespaces)
     for mount in spec.mounts:
         if is_bind(mount):
             yield mount.destination, os.path.normpath(os.path.join(bundle, mount.source))
-        elif mount.type == "cgroup" and cgroup is not None and not own_cgroup_ns:
-            # On v1 each hierarchy is a bind mount of the container's group; on v2, or as root of its own, a real one.
-            for name, _, directory in cgroup.v1_mounts():  # type: ignore[attr-defined]
+        elif mount.type in ("cgroup", "cgroup2") and cgroup is not None and not own_cgroup_ns:
+            # On v1 each hierarchy is a bind mount of the container's group. On v2, or as root of its own, it is a real one,
+            # which the kernel does not let a user namespace have without a cgroup namespace.
+            hierarchies = cgroup.v1_mounts()
+            for name, _, directory in hierarchies:
                 yield f"{mount.destination}/{name}", directory
+            if userns and not hierarchies:
+                yield mount.destination, cgroup.v2_path
     for name, _, _ in DEFAULT_DEVICES:
         yield f"/dev/{name}", f"/dev/{name}"
     for device in linux.devices if linux else []:
@@ -310,11 +316,11 @@ def _external_namespaces(spec: Spec) -> Iterator[str]:
             yield f"{kind}[{os.stat(ns.path).st_ino}]:{key}"
 
 
-def _freezer(cgroup: object) -> str:
+def _freezer(cgroup: Cgroup | None) -> str:
     if cgroup is None:
         return ""
-    paths: dict[str, str] = cgroup.encode()["paths"]  # type: ignore[attr-defined]
-    return cgroup.v2_path if arrangement().pure_v2 else paths.get("freezer", "")  # type: ignore[attr-defined]
+    paths: dict[str, str] = cgroup.encode()["paths"]  # type: ignore[assignment]
+    return cgroup.v2_path if arrangement().pure_v2 else paths.get("freezer", "")
 
 
 def _complete_spec(container: Container, spec: Spec) -> None:
@@ -324,7 +330,7 @@ def _complete_spec(container: Container, spec: Spec) -> None:
         spec.mounts = [*spec.mounts, Mount(destination=notify.IN_CONTAINER, source=folder, options=["bind"])]
 
 
-def _dump_mounts(container: Container, spec: Spec, cgroup: object) -> Iterator[tuple[str, str]]:
+def _dump_mounts(container: Container, spec: Spec, cgroup: Cgroup | None) -> Iterator[tuple[str, str]]:
     """(the mount point in the container, its name in the images) of each external mount."""
     flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
     inner = os.open(f"/proc/{container.pid}/root", flags)
