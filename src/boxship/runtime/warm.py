@@ -461,7 +461,7 @@ def _work(listener: _socket.socket, place: _Place, server: int) -> int:
             arrangement.forget()
         fit = _serve_one(conn, identity)
         conn.close()
-        if not (fit and _is_as_before(own) and place.come_back()):
+        if not (fit and _is_as_before(own, identity) and place.come_back()):
             break
     place.leave()
     return 0
@@ -471,10 +471,13 @@ def _descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def _is_as_before(descriptors: int) -> bool:
-    """Whether a command has left nothing: no descriptor, no child, no folder that is held."""
+def _is_as_before(descriptors: int, identity: list[object]) -> bool:
+    """Whether a command has left nothing: no descriptor, no child, no folder that is held.
+
+    A command goes to other network namespaces for devices; that it came back is seen to here once more.
+    """
     os.chdir("/")
-    if _descriptors() != descriptors:
+    if _descriptors() != descriptors or os.stat("/proc/self/ns/net").st_ino != identity[_KINDS.index("net")]:
         return False
     try:
         os.waitpid(-1, os.WNOHANG)
