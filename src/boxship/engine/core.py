@@ -20,6 +20,7 @@ from boxship.engine.images import Images
 from boxship.engine.rootfs import Snapshots
 from boxship.engine.store import Store
 from boxship.engine.volumes import Volumes
+from boxship.images.builtin.provide import Builtins
 from boxship.images.transfer import Images as Mover
 from boxship.kit.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 
@@ -64,7 +65,7 @@ class Core:
         self.store = Store(self.directory)
         self.events = Events()
         self.snapshots = Snapshots(containerd, self.call, snapshotter, mover)
-        self.images = Images(containerd, self.call, self.snapshots)
+        self.images = Images(containerd, self.call, self.snapshots, Builtins(containerd, f"{root}/builtin"))
         self.volumes = Volumes(self.store, f"{self.directory}/volumes")
         self.by_id: dict[str, Container] = {}
         self._names: dict[str, str] = {}

@@ -20,6 +20,7 @@ from boxship.api.containerd.services import Containerd
 from boxship.engine import times
 from boxship.engine.rootfs import Snapshots
 from boxship.images import platforms
+from boxship.images.builtin.provide import Builtins
 from boxship.images.unpack import chain_ids
 from boxship.kit.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from boxship.oci import reference
@@ -69,7 +70,8 @@ def no_such_image(name: str) -> NotFound:
 class Images:
     """All images of the engine's namespace."""
 
-    def __init__(self, containerd: Containerd, call: Call, snapshots: Snapshots) -> None:
+    def __init__(self, containerd: Containerd, call: Call, snapshots: Snapshots, builtin: Builtins) -> None:
+        self.builtin = builtin
         self._containerd = containerd
         self._call = call
         self._snapshots = snapshots
@@ -161,6 +163,7 @@ class Images:
                     if record.target.digest == parsed.digest and _repository(record.name) == parsed.name:
                         return await self.resolve(record.target), record
             else:
+                await self.builtin.provide(str(parsed.tagged()), self._call)
                 try:
                     record = (await self._containerd.images.Get(
                         images.GetImageRequest(name=str(parsed.tagged())), self._call)).image

@@ -157,7 +157,10 @@ def _write_files(core: Core, container: Container, hostname: str) -> None:
 
 def _mounts(core: Core, container: Container) -> list[dict[str, Any]]:
     host = container.host
-    made: list[dict[str, Any]] = []
+    try:
+        made = core.images.builtin.mounts(container.image_id, container.file("machine"))
+    except OSError as error:
+        raise from_os_error(error, "making room for what the container writes") from None
     taken = {point["Destination"] for point in container.mounts}
     for path, options in (host["Tmpfs"] or {}).items():
         words = [word for word in str(options).split(",") if word]

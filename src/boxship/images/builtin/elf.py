@@ -46,7 +46,7 @@ def read(path: str) -> Elf:
         wide, order = ident[4] == 2, "<" if ident[5] == 1 else ">"
         try:
             return _read(file, path, wide, order, ident)
-        except (struct.error, IndexError, ValueError):
+        except (struct.error, IndexError, ValueError, OverflowError, StopIteration, OSError):
             raise InvalidArgument(f"{path}: damaged ELF headers") from None
 
 

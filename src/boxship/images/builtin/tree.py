@@ -51,7 +51,7 @@ class Tree:
         self._add(info, source)
 
     def copy(self, path: str, source: str) -> None:
-        """A folder of the machine with all below: folders, regular files, links as they are. Raises OSError."""
+        """A folder with all below: folders, small regular files, which are read now, links as they are. Raises OSError."""
         self.folder(path, stat.S_IMODE(os.stat(source).st_mode) & 0o1777)
         with os.scandir(source) as entries:
             children = sorted(entries, key=lambda entry: entry.name)
@@ -62,7 +62,9 @@ class Tree:
             elif child.is_dir(follow_symlinks=False):
                 self.copy(below, child.path)
             elif child.is_file(follow_symlinks=False):
-                self.file(below, child.path)
+                status = child.stat()
+                with open(child.path, "rb") as file:
+                    self.data(below, file.read(), 0o755 if status.st_mode & 0o111 else 0o644)
 
     def write(self, out: IO[bytes]) -> None:
         """The tar, members sorted by path. Raises OSError; ValueError when a file of the machine changed its size meanwhile."""

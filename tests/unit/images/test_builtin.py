@@ -1,0 +1,55 @@
+"""What a program needs is what ldd says that it needs; a tree is written out the same each time."""
+
+import io
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from boxship.images.builtin.elf import Linker, read
+from boxship.images.builtin.tree import Tree
+from boxship.kit.errors import InvalidArgument
+
+
+@pytest.mark.parametrize("program", ["sh", "tar", "git", "bash"])
+def test_libraries_are_those_that_the_linker_loads(program: str) -> None:
+    path = shutil.which(program)
+    if path is None:
+        pytest.skip(f"{program} is not installed: apt-get install {program}")
+    told = subprocess.run(["ldd", path], capture_output=True, text=True, check=True).stdout.splitlines()
+    expected = {line.split()[0] for line in told if "=>" in line}
+    found = Linker().libraries([path])
+    # The linker itself is needed by the C library, and ldd tells its path alone.
+    assert {name for name in found if not name.startswith(("/", "ld-"))} == expected
+    assert all(Path(library).exists() for library in found.values())
+
+
+def test_a_program_names_its_linker() -> None:
+    assert read(sys.executable).interpreter.startswith("/lib")
+
+
+@pytest.mark.parametrize("data", [b"", b"#!/bin/sh\n", b"\x7fELF", b"\x7fELF\x02\x01" + b"\xff" * 100])
+def test_what_is_no_program_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(InvalidArgument):
+        read(str(tmp_path / "x"))
+
+
+def test_a_tree_is_the_same_tar_whatever_the_order(tmp_path: Path) -> None:
+    written = []
+    for order in (1, -1):
+        tree = Tree()
+        for name in ("etc/passwd", "usr/lib/x/y", "a")[::order]:
+            tree.data(name, name.encode())
+        tree.folder("tmp", 0o1777)
+        tree.link("bin", "usr/bin")
+        out = io.BytesIO()
+        tree.write(out)
+        written.append(out.getvalue())
+    assert written[0] == written[1]
+    with tarfile.open(fileobj=io.BytesIO(written[0])) as tar:
+        assert [member.name for member in tar] == ["a", "bin", "etc", "etc/passwd", "tmp", "usr", "usr/lib", "usr/lib/x", "usr/lib/x/y"]
+        assert tar.getmember("tmp").mode == 0o1777
