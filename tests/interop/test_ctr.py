@@ -146,7 +146,8 @@ def test_images_are_listed_checked_tagged_and_removed(ctr: Server) -> None:
     check = ctr("images", "check")
     assert "complete" in check and "true" in check
     ctr("images", "tag", NAME, "other:1")
-    assert "already exists" in ctr.run("images", "tag", NAME, "other:1").stderr
+    again = ctr.run("images", "tag", NAME, "other:1")
+    assert again.returncode == 0 or "already exists" in again.stderr  # ctr 2 replaces the name
     ctr("images", "label", "other:1", "x=y")
     assert "x=y" in ctr("images", "ls", "name==other:1")
     assert ctr("images", "rm", "other:1") == "other:1"
@@ -222,7 +223,10 @@ def test_snapshots(ctr: Server) -> None:
 
 
 def test_the_native_snapshotter(ctr: Server, archive: Path, name: str) -> None:
-    ctr("images", "import", "--snapshotter", "native", archive, namespace="native")
+    done = ctr.run("images", "import", "--snapshotter", "native", archive, namespace="native")
+    if ctr.kind == "containerd" and "no unpack platforms defined" in done.stderr:
+        pytest.skip("this containerd unpacks for the snapshotter of its configuration alone")
+    assert done.returncode == 0, done.stderr
     assert ctr("run", "--rm", "--snapshotter", "native", NAME, name, "echo", "native", namespace="native") == "native"
 
 
@@ -274,6 +278,32 @@ def test_a_missing_program_is_named(ctr: Server, name: str) -> None:
     assert done.returncode != 0
     assert "/nothing/here" in done.stderr and "no such file or directory" in done.stderr
     assert not ctr.status(name)
+
+
+@pytest.mark.parametrize("binary", ["runc", "crun"])
+def test_other_runtimes(ctr: Server, name: str, binary: str) -> None:
+    needs(binary)
+    done = ctr.run("run", "--rm", "--runc-binary", binary, NAME, name, "echo", "other")
+    if "cgroups in hybrid mode not supported" in done.stderr:
+        pytest.skip("crun refuses this machine's cgroups")
+    assert done.stdout == "other\n", done.stderr
+    ctr("run", "--detach", "--runc-binary", binary, NAME, name, "sleep", "1000")
+    assert ctr.run("task", "exec", "--exec-id", "e", name, "sh", "-c", "exit 3").returncode == 3
+    ctr.run("task", "rm", "--force", name)
+    ctr("container", "rm", name)
+
+
+def test_another_shim_by_its_path(ctr: Server, name: str) -> None:
+    needs("containerd-shim-runc-v2")
+    path = ctr.stage.out("sh", "-c", "command -v containerd-shim-runc-v2")
+    ctr("run", "--detach", "--runtime", path, NAME, name, "sleep", "1000")
+    assert "containerd-shim-runc-v2" in ctr.stage.out("ps", "-eo", "args")
+    assert ctr("task", "exec", "--exec-id", "e", name, "echo", "in") == "in"
+    ctr.run("task", "rm", "--force", name)
+    ctr("container", "rm", name)
+    unknown = ctr.run("run", "--rm", "--runtime", "io.containerd.nothing.v7", NAME, name, "true")
+    assert unknown.returncode != 0 and "containerd-shim-nothing-v7" in unknown.stderr
+    ctr("container", "rm", name) if name in ctr("containers", "ls", "-q") else None
 
 
 def test_exec(ctr: Server, sleeper: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-_PACKAGES = {"podman": "podman", "conmon": "conmon", "containerd": "containerd", "ctr": "containerd", "dockerd": "docker.io",
+_PACKAGES = {"podman": "podman", "conmon": "conmon", "containerd": "containerd", "ctr": "containerd", "containerd-shim-runc-v2": "containerd", "dockerd": "docker.io",
              "docker": "docker.io", "criu": "criu", "docker-registry": "docker-registry", "ip": "iproute2", "catatonit": "catatonit", "docker-init": "tini"}
 
 
