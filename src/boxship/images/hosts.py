@@ -101,7 +101,7 @@ class Configuration:
     """What is configured about registries; the defaults need nothing."""
 
     directories: Sequence[str] = DIRECTORIES
-    """With `hosts.toml` files and certificates, as above."""
+    """With `hosts.toml` files and certificates, as above; a registry that has a directory is configured by it alone."""
     mirrors: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Registry → URLs that are asked before it (Docker's `registry-mirrors` are those of docker.io)."""
     insecure: Sequence[str] = ()
@@ -129,8 +129,8 @@ class Configuration:
         ]
 
     def _from_directories(self, registry: str) -> list[Host] | None:
-        for directory in self.directories:
-            for name in (registry, _directory_name(registry), "_default"):
+        for name in (registry, _directory_name(registry), "_default"):
+            for directory in self.directories:
                 path = os.path.join(directory, name)
                 if os.path.isdir(path):
                     return self._load(path, registry)

@@ -108,6 +108,13 @@ def test_the_directory_of_a_port_and_the_default_are_found(tmp_path: Path) -> No
     assert urls(configuration, "other.example") == ["https://mirror.example/v2", "https://other.example/v2"]
 
 
+def test_a_directory_of_the_registry_goes_before_a_default_in_another_place(tmp_path: Path) -> None:
+    hosts_toml(tmp_path / "first", "_default", '[host."https://mirror.example"]\n')
+    hosts_toml(tmp_path / "second", "registry.example", 'server = "https://one.example"\n')
+    configuration = Configuration(directories=[str(tmp_path / "first"), str(tmp_path / "second")])
+    assert urls(configuration, "registry.example") == ["https://one.example/v2"]
+
+
 @pytest.mark.parametrize("text", [
     "server = [", '[host."https://m.example"]\ncapabilities = ["fly"]\n', '[host."https://m.example"]\nskip_verify = "yes"\n',
     '[host."https://m.example"]\ndial_timeout = "soon"\n', '[host."https://m.example"]\nclient = [["a", "b", "c"]]\n', 'host = "https://m.example"\n',
