@@ -195,6 +195,7 @@ class _Writer:
         xattrs = encode_xattrs({n: v for n, v in member.xattrs.items() if names.keep_xattr(n)}) if member.xattrs else b""
         icount = (len(xattrs) - 12 >> 2) + 1 if xattrs else 0
         layout, size, data, tail = _PLAIN, 0, 0, b""
+        mode = member.mode
         if kind == stat.S_IFREG:
             size = member.size
             if member.sparse is not None:
@@ -206,7 +207,7 @@ class _Writer:
             size = len(tail)
             if not tail or size >= names.MAX_PATH:
                 raise InvalidArgument(f"layer: the symbolic link {os.fsdecode(member.name[:255])} has no target that can be")
-            layout = _INLINE
+            layout, mode = _INLINE, 0o777
             if 64 + len(xattrs) + size > _BLOCK:
                 layout, data, tail = _PLAIN, self._append(tail) >> 9, b""
         elif kind != stat.S_IFIFO:
@@ -223,7 +224,7 @@ class _Writer:
         uid, gid = self._ids(member)
         self._count += 1
         inodes += _INODE.pack(
-            layout, icount, kind | member.mode, 0, size, data, self._count & 0xFFFFFFFF, uid, gid,
+            layout, icount, kind | mode, 0, size, data, self._count & 0xFFFFFFFF, uid, gid,
             member.mtime // _SECOND, member.mtime % _SECOND, 1,
         )
         if xattrs or tail:
