@@ -41,7 +41,7 @@ def read(path: str) -> Elf:
     """Raises InvalidArgument when it is no ELF file, OSError."""
     with open(path, "rb") as file:
         ident = file.read(16)
-        if ident[:4] != b"\x7fELF" or ident[4] not in (1, 2) or ident[5] not in (1, 2):
+        if len(ident) < 16 or ident[:4] != b"\x7fELF" or ident[4] not in (1, 2) or ident[5] not in (1, 2):
             raise InvalidArgument(f"{path}: not an ELF file")
         wide, order = ident[4] == 2, "<" if ident[5] == 1 else ">"
         try:
