@@ -222,8 +222,17 @@ async def discard(core: Core, container: Container) -> None:
     except NotFound:
         pass
     await core.snapshots.remove(container.id)
-    shutil.rmtree(container.directory, ignore_errors=True)
-    shutil.rmtree(f"{core.stdio}/{container.id}", ignore_errors=True)
+    sweep(container.directory, f"{core.stdio}/{container.id}")
+
+
+def sweep(*folders: str) -> None:
+    """Remove folders beside: nobody waits for the disk, and what a killed daemon leaves the next one finds."""
+
+    def work() -> None:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    asyncio.get_running_loop().run_in_executor(None, work)
 
 
 async def remove(core: Core, container: Container, *, with_volumes: bool) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 from typing import Any
 
@@ -115,8 +116,6 @@ class Lifecycle:
         config = container.host["LogConfig"]["Config"] or {}
         path = container.log_path
         if container.log_driver == "local":
-            import os
-
             os.makedirs(path.rpartition("/")[0], mode=0o700, exist_ok=True)
         attrs = {key: container.labels[key] for key in config.get("labels", "").split(",") if key in container.labels}
         env = dict(word.partition("=")[::2] for word in container.config["Env"] or [])
@@ -496,6 +495,9 @@ class Lifecycle:
                 await create.discard(core, Container({
                     "id": each.id, "name": "", "created": "", "config": {}, "host": {}, "path": "", "args": [], "image_id": "",
                     "image_name": "", "snapshotter": each.snapshotter, "mounts": []}, f"{core.directory}/containers/{each.id}"))
+        for folder in (f"{core.directory}/containers", core.stdio):
+            if os.path.isdir(folder):
+                create.sweep(*(f"{folder}/{name}" for name in os.listdir(folder) if name not in core.by_id))
 
     async def _listen(self, ready: asyncio.Event) -> None:
         """Follow containerd's task events for ever; after a break look at all tasks again."""
