@@ -11,7 +11,7 @@ import json
 import time
 from typing import Any
 
-from aiohttp import web
+from aiohttp import WSMsgType, web
 
 from boxship.engine import create, hijack, logs, shapes, show, stats, validate
 from boxship.engine.attach import chosen, serve
@@ -219,6 +219,41 @@ async def attach_container(engine: Any, request: web.Request, name: str) -> web.
             engine.core.announce(container, "detach")
     connection.close()
     return hijack.Done()
+
+
+@routes.get("/containers/{name}/attach/ws")
+async def attach_websocket(engine: Any, request: web.Request, name: str) -> web.StreamResponse:
+    container = engine.core.get(name)
+    streams = engine.life.streams(container)
+    wanted = chosen(stdout=flag(request, "stdout"), stderr=flag(request, "stderr"))
+    subscriber = streams.subscribe(wanted)
+    socket = web.WebSocketResponse(max_msg_size=1 << 20)
+    await socket.prepare(request)
+    engine.core.announce(container, "attach")
+
+    async def output() -> None:
+        if flag(request, "logs") and container.log_path:
+            async for entries in logs.read(container.log_path, logs.Wanted(wanted), container.log):
+                await socket.send_bytes(logs.render(entries, multiplexed=False, timestamps=False, details=False))
+        while flag(request, "stream") and (piece := await subscriber.get()) is not None:
+            await socket.send_bytes(piece[1])
+
+    async def input_() -> None:
+        async for message in socket:
+            if flag(request, "stdin") and message.type in (WSMsgType.BINARY, WSMsgType.TEXT):
+                await streams.started.wait()
+                await streams.write_stdin(message.data if isinstance(message.data, bytes) else message.data.encode())
+
+    work = [asyncio.ensure_future(output()), asyncio.ensure_future(input_())]
+    try:
+        await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for each in work:
+            each.cancel()
+        await asyncio.gather(*work, return_exceptions=True)
+        streams.unsubscribe(subscriber)
+    await socket.close()
+    return socket
 
 
 @routes.get("/containers/{name}/logs")
