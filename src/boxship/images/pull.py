@@ -70,63 +70,60 @@ class Unpacker(Protocol):
 
 
 class Flights:
-    """Work that several may want at the same time and that is done once; it ends when nobody wants it any more."""
+    """Work that several may want at the same time and that is done once, by whoever came first.
+
+    It is done with the first one's rights, over his connections and under his lease. So when he fails or gives up, one of
+    those who waited does it again for himself.
+    """
 
     def __init__(self) -> None:
-        self._flights: dict[Hashable, _Flight] = {}
+        self._flights: dict[Hashable, Flight] = {}
 
     async def join(
-        self, key: Hashable, work: Callable[[Callable[[str, int], None]], Coroutine[object, object, None]],
-        listener: Callable[[str, int], None],
+        self, key: Hashable, work: Callable[[Flight], Coroutine[object, object, None]], listener: Callable[[str, int], None]
     ) -> bool:
-        """Wait until the work under `key` is done, and start it (True) when it is not under way. Its failure is everybody's.
-
-        Work that ended because whoever started it gave up is begun again by who still waits.
-        """
-        while True:
-            flight = self._flights.get(key)
-            started = flight is None or flight.task.done()
-            if flight is None or started:
-                flight = self._start(key, work)
-            flight.listeners.append(listener)
-            task = flight.task
-            try:
-                await asyncio.shield(task)
-            except asyncio.CancelledError:
-                current = asyncio.current_task()
-                if started or not task.cancelled() or (current is not None and current.cancelling()):
-                    raise
-                continue
-            finally:
-                flight.listeners.remove(listener)
-                if not flight.listeners and not task.done():
-                    task.cancel()
-                    await asyncio.wait([task])
-            return started
-
-    def _start(
-        self, key: Hashable, work: Callable[[Callable[[str, int], None]], Coroutine[object, object, None]]
-    ) -> _Flight:
-        flight = self._flights[key] = _Flight()
-        flight.task = asyncio.ensure_future(work(flight.tell))
-
-        def ended(_: object) -> None:
-            if self._flights.get(key) is flight:
-                del self._flights[key]
-
-        flight.task.add_done_callback(ended)
-        return flight
+        """Do the work, or wait until another has done it; whether it was done here. Raises what the work raises here."""
+        while (flight := self._flights.get(key)) is not None:
+            if await flight.wait(listener):
+                return False
+        flight = self._flights[key] = Flight(listener)
+        done = False
+        try:
+            await work(flight)
+            done = True
+        finally:
+            del self._flights[key]
+            flight.land(done)
+        return True
 
 
-class _Flight:
-    task: asyncio.Future[None]
+class Flight:
+    """Work under way."""
 
-    def __init__(self) -> None:
-        self.listeners: list[Callable[[str, int], None]] = []
+    def __init__(self, listener: Callable[[str, int], None]) -> None:
+        self._listeners = [listener]
+        self._landed: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
     def tell(self, event: str, done: int) -> None:
-        for listener in self.listeners:
+        """Tell everybody who wants it."""
+        for listener in self._listeners:
             listener(event, done)
+
+    def shared(self) -> bool:
+        """Whether others than the one who does it want it."""
+        return len(self._listeners) > 1
+
+    async def wait(self, listener: Callable[[str, int], None]) -> bool:
+        """Whether it was done in the end."""
+        self._listeners.append(listener)
+        try:
+            return await asyncio.shield(self._landed)
+        finally:
+            self._listeners.remove(listener)
+
+    def land(self, done: bool) -> None:
+        """The end."""
+        self._landed.set_result(done)
 
 
 class Fetcher:
@@ -303,9 +300,9 @@ class Fetcher:
             else:
                 meter.tell(progress.DOWNLOADING, done, event)
 
-        async def work(tell: Callable[[str, int], None]) -> None:
+        async def work(flight: Flight) -> None:
             async with self._limit:
-                await self._download(descriptor, tell)
+                await self._download(descriptor, flight)
 
         started = await self._flights.join((self._scope, descriptor.digest), work, listen)
         if not started and not await self._has(descriptor):
@@ -327,7 +324,7 @@ class Fetcher:
         await self._blobs.abort(media.ref(descriptor))
         return False
 
-    async def _download(self, descriptor: Descriptor, tell: Callable[[str, int], None]) -> None:
+    async def _download(self, descriptor: Descriptor, flight: Flight) -> None:
         name = media.ref(descriptor)
         try:
             writer = await self._writer(descriptor)
@@ -337,9 +334,9 @@ class Fetcher:
         try:
             async with writer:
                 try:
-                    await self._attempts(writer, descriptor, tell)
+                    await self._attempts(writer, descriptor, flight.tell)
                 except (Unavailable, asyncio.CancelledError):
-                    keep = self._keep
+                    keep = self._keep or flight.shared()
                     raise
         except BaseException:
             if not keep:
@@ -374,6 +371,14 @@ class Fetcher:
                 resumed = resumed or writer.offset > 0
                 tell(f"{broken.error}; trying again", writer.offset)
                 await self._repository.transport.pause_before(failures, str(broken.error))
+                continue
+            except (DataLoss, InvalidArgument) as error:
+                # Of a server that cannot go on where it was left, or has something else now: from the beginning, once.
+                if not writer.offset or not resumed or not _about_range(error):
+                    raise
+                resumed = False
+                await writer.truncate(0)
+                tell(f"{error}; trying again", 0)
                 continue
             try:
                 await writer.commit(descriptor.size, descriptor.digest)
@@ -427,6 +432,10 @@ class Fetcher:
         )
         if labels:
             await self._blobs.set_labels(descriptor.digest, labels)
+
+
+def _about_range(error: BoxshipError) -> bool:
+    return "asked for the bytes from" in str(error) or ": 416 " in str(error)
 
 
 class _Broken(Exception):

@@ -21,7 +21,7 @@ from boxship.api.containerd.call import Call
 from boxship.api.containerd.services import Containerd
 from boxship.images import media, platforms, progress
 from boxship.images.progress import Callback, Meter
-from boxship.images.pull import Flights, Layer
+from boxship.images.pull import Flight, Flights, Layer
 from boxship.images.service import to_message
 from boxship.images.store import Blobs
 from boxship.kit.errors import AlreadyExists, BoxshipError, DataLoss, NotFound
@@ -90,10 +90,8 @@ class ServiceUnpacker:
             meter = Meter(progress, layer.descriptor)
             key = ("unpack", self._call.namespace, self._snapshotter, chains[index])
 
-            async def work(
-                tell: Callable[[str, int], None], layer: Layer = layer, index: int = index
-            ) -> None:
-                await self._layer(layer, chains[index], chains[index - 1] if index else "", ready, tell)
+            async def work(flight: Flight, layer: Layer = layer, index: int = index) -> None:
+                await self._layer(layer, chains[index], chains[index - 1] if index else "", ready, flight.tell)
 
             await self._flights.join(key, work, meter.tell)
             await ready(layer.descriptor)
