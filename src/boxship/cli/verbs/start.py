@@ -3,7 +3,8 @@
 Runs in: the boxship command.
 Spec: docker's commands of these names; Docker Engine API: create, attach, start, wait, resize, exec.
 
-`run` of the image `host`, of a directory or a bundle needs no daemon and goes to `boxship.cli.run`; `is_local` decides.
+`run` of the image `host` in the foreground, of a directory or a bundle needs no daemon and goes to `boxship.cli.run`;
+`is_local` decides.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ NOT_THERE, NOT_EXECUTABLE, OWN_FAILURE = 127, 126, 125
 _JOINED = "read escape sequence"
 
 
-def is_local(image: str, *, no_daemon: bool) -> bool:
+def is_local(image: str, *, no_daemon: bool, detached: bool) -> bool:
     """Whether IMAGE is run by this process, without the engine: the machine's own files, a directory or a bundle (a path).
 
-    When the engine has `host` as an image of its store, only this function changes.
+    The engine has `host` as an image too, and containers of it that go on without their caller are the engine's.
     """
-    return no_daemon or image == "host" or image.startswith(("/", "."))
+    return no_daemon or (image == "host" and not detached) or image.startswith(("/", "."))
 
 
 def exit_code(message: str) -> int:
@@ -107,7 +108,7 @@ def create(call: Call) -> int:
 
 def run(call: Call) -> int:
     """`boxship run`: the exit code is the container's, or 125, 126, 127."""
-    if is_local(call.words[0], no_daemon=call.on("no-daemon")):
+    if is_local(call.words[0], no_daemon=call.on("no-daemon"), detached=call.on("detach")):
         return _run_here(call)
     code = OWN_FAILURE
     try:
