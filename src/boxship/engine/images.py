@@ -336,7 +336,8 @@ class Images:
     async def delete(self, name: str, *, force: bool, users: list[Any]) -> list[dict[str, str]]:
         """As `docker rmi`. `users` are the containers of the image. Raises FailedPrecondition for what is in use."""
         image, record = await self.find(name)
-        _, records = (await self.all()).get(image.id, (image, []))
+        everything = await self.all()
+        _, records = everything.get(image.id, (image, []))
         tags = [each for each in records if not each.name.startswith(DANGLING)]
         short = image.id[7:19]
         users = [each for each in users if each.image_id == image.id]
@@ -366,7 +367,8 @@ class Images:
         for index, each in enumerate(records):
             await self.untag(each, sync=index == len(records) - 1)
         removed.append({"Deleted": image.id})
-        removed += [{"Deleted": layer} for layer in reversed(chain_ids(image.diff_ids))]
+        shared = {chain for other, _ in everything.values() if other.id != image.id for chain in chain_ids(other.diff_ids)}
+        removed += [{"Deleted": layer} for layer in reversed(chain_ids(image.diff_ids)) if layer not in shared]
         for digest in [key for key, value in self._resolved.items() if value.id == image.id]:
             del self._resolved[digest]
         return removed

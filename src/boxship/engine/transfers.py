@@ -27,7 +27,7 @@ from boxship.images.progress import Progress
 from boxship.images.registry import Repository, decode_known
 from boxship.images.service import from_message, to_message
 from boxship.images.transport import Request
-from boxship.kit.errors import BoxshipError, FailedPrecondition, InvalidArgument, NotFound, Unauthenticated
+from boxship.kit.errors import BoxshipError, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unauthenticated
 from boxship.oci import reference
 from boxship.oci.image import MEDIA_TYPE_CONFIG, MEDIA_TYPE_LAYER_GZIP, MEDIA_TYPE_MANIFEST, Index, Platform
 
@@ -130,8 +130,8 @@ class Transfers:
         given = credentials(header, parsed.domain)
         record = str(parsed)
         former = await self._keep_former(record)
-        yield {"status": f"Pulling from {parsed.familiar_name() if parsed.domain != reference.DEFAULT_DOMAIN else parsed.path}",
-               "id": parsed.tag or parsed.digest}
+        head = {"status": f"Pulling from {parsed.familiar_name() if parsed.domain != reference.DEFAULT_DOMAIN else parsed.path}",
+                "id": parsed.tag or parsed.digest}
         done: list[Any] = []
         seen: dict[str, str] = {}
         try:
@@ -139,11 +139,17 @@ class Transfers:
                     lambda callback: self.mover.pull(record, self._core.call, wanted=wanted, credentials=given,
                     callback=callback),
                     lambda event: _pull_step(event, seen), done):
+                # Not before the registry has answered: what it does not have is an error of the request.
+                if head:
+                    yield head
+                    head = {}
                 yield step
         except BoxshipError as error:
             raise _pull_error(error, parsed) from None
         finally:
             await asyncio.shield(self._settle(former))
+        if head:
+            yield head
         target = done[0]
         await self._core.images.drop_dangling(target)
         yield {"status": f"Digest: {target.digest}"}
@@ -367,8 +373,11 @@ def _load_step(event: Progress) -> Step | None:
 
 
 def _pull_error(error: BoxshipError, parsed: reference.Reference) -> BoxshipError:
-    if isinstance(error, NotFound) and "manifest" not in str(error):
+    if isinstance(error, NotFound) and "no matching manifest" not in str(error):
         return NotFound(f"manifest for {parsed.familiar()} not found: manifest unknown: {error}")
+    if isinstance(error, Unauthenticated | PermissionDenied):
+        return NotFound(
+            f"pull access denied for {parsed.familiar_name()}, repository does not exist or may require 'docker login': {error}")
     return error
 
 
