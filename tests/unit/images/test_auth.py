@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from boxship.images.auth import (
     Anonymous,
@@ -247,3 +249,15 @@ def test_a_registry_without_tls_may_have_a_token_server_without() -> None:
     authorizer = Authorizer("registry.lan:5000", Anonymous(), Tokens((200, {"token": "abc"})))
     authorizer.encrypted = False
     assert asyncio.run(authorize(authorizer, header='Bearer realm="http://auth.lan/token"')) == "Bearer abc"
+
+
+@given(st.text(alphabet='Bearer asic=",\\ \t;/:xé\0', max_size=60))
+def test_any_challenge_is_read_to_its_end(text: str) -> None:
+    for challenge in parse_challenges([text]):
+        assert challenge.scheme and challenge.scheme == challenge.scheme.lower()
+
+
+@given(st.text(max_size=40), st.text(max_size=40).filter(lambda text: ":" not in text))
+def test_basic_credentials_are_read_as_they_are_written(secret: str, username: str) -> None:
+    header = Credentials(username, secret).basic().removeprefix("Basic ")
+    assert decode_entry({"auth": header}, "x") == Credentials(username, secret.rstrip("\0"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from boxship.images import platforms
 from boxship.kit.errors import InvalidArgument
@@ -71,3 +73,13 @@ def test_the_best_manifest_comes_first_and_one_without_a_platform_last() -> None
              manifest("new", "linux/arm/v7")]
     found = platforms.choose(index, platforms.only(platforms.parse("linux/arm64")))
     assert [each.media_type for each in found] == ["arm64", "new", "old", "none"]
+
+
+@given(st.text(alphabet="linuxamd64rv8/.()+-_*windows ", max_size=30))
+def test_any_text_is_a_platform_or_refused(text: str) -> None:
+    try:
+        found = platforms.parse(text)
+    except InvalidArgument:
+        return
+    assert platforms.only(found).match(found)
+    assert platforms.parse(platforms.format(found)) == platforms.parse(platforms.format(platforms.parse(platforms.format(found))))
