@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
-NATIVE := $(wildcard src/native/*.c src/native/*.h)
+NATIVE := $(wildcard src/native/*.c src/native/*.h src/scripts/*)
 TESTS := $(wildcard tests/unit tests/integration tests/security tests/fault tests/interop tests/guest)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 

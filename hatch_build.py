@@ -3,7 +3,8 @@
 * ``boxship/linux/_sys.abi3.so``: the system calls that Python lacks.
 * ``boxship/runtime/_init``: the program that a container's first process runs until the user's own (see
   ``boxship/linux/remote.py``); static and free of libc, because it runs inside the container.
-* ``boxrun``: the native entry of the runtime's command line, put into the scripts folder as it is.
+* ``boxrun``: the native entry of the runtime's command line, put into the scripts folder as it is; and beside it the script
+  ``boxship``, whose first line the installer completes.
 * ``containerd-shim-boxship-v1``: the native entry of the shim's, the same way.
 """
 
@@ -65,5 +66,6 @@ class NativeBuild(BuildHookInterface):  # type: ignore[type-arg]
             build_data["force_include"][str(built["_init"])] = "boxship/runtime/_init"
         for name in ("boxrun", SHIM):
             build_data["shared_scripts"][str(built[name])] = name
+        build_data["shared_scripts"][str(ROOT / "src" / "scripts" / "boxship")] = "boxship"
         build_data["pure_python"] = False
         build_data["infer_tag"] = True

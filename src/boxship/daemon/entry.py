@@ -17,7 +17,14 @@ def boxship() -> int:
         return daemon(sys.argv[2:], os.environ)
     from boxship.cli.main import main
 
-    return main(sys.argv[1:], os.environ)
+    code = main(sys.argv[1:], os.environ)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError, ValueError):
+            pass  # closed, or nobody reads any more
+    # Taking the interpreter apart would take as long as a small command.
+    os._exit(code)
 
 
 def boxshipd() -> int:

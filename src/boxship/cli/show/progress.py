@@ -99,7 +99,7 @@ class Screen:
             self._order.append(identity)
         total = detail.get("total") or 0
         if detail.get("current"):
-            self._lines[identity] = f"{identity}: {status} {bar(detail['current'], total)}"
+            self._lines[identity] = f"{identity}: {status} {bar(detail['current'], total, self._bar())}"
             if total and status in ("Downloading", "Pushing", "Loading layer", "Importing"):
                 self._bytes[identity] = (detail["current"], total)
         else:
@@ -114,6 +114,16 @@ class Screen:
         """Draw what is left."""
         self._draw()
 
+    def _width(self) -> int:
+        try:
+            return os.get_terminal_size(self._fd).columns or 80
+        except OSError:
+            return 80
+
+    def _bar(self) -> int:
+        """As wide as leaves room for the words beside it."""
+        return max(8, min(_BAR, self._width() - 60))
+
     def _total(self) -> str:
         if len(self._bytes) < 2:
             return ""
@@ -122,7 +132,7 @@ class Screen:
             return ""
         took = self._now() - self._began
         left = f"  {units.duration(took / current * (total - current)).lower()} left" if current and took > 1 else ""
-        return f"Total: {bar(current, total)}{left}"
+        return f"Total: {bar(current, total, self._bar())}{left}"
 
     def _draw(self) -> None:
         if not self._order:
@@ -130,10 +140,7 @@ class Screen:
         self._last = self._now()
         total = self._total()
         lines = [self._lines[identity] for identity in self._order] + ([total] if total else [])
-        try:
-            width = os.get_terminal_size(self._fd).columns or 80
-        except OSError:
-            width = 80
+        width = self._width()
         up = f"\x1b[{self._drawn}A" if self._drawn else ""
         # The line of the total is gone when all is there.
         blank = max(0, self._drawn - len(lines))
