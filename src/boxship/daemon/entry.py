@@ -5,16 +5,27 @@ Runs in: the process that the user started.
 
 from __future__ import annotations
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
 
 def boxship() -> int:
-    """The boxship command; returns its exit code."""
+    """The boxship command; ends the process, or returns the exit code of the daemon."""
     import os
     import sys
 
-    if sys.argv[1:2] == ["daemon"]:
-        from boxship.daemon.server import main as daemon
+    if sys.argv[1:2] != ["daemon"]:
+        _command()
+    from boxship.daemon.server import main as daemon
 
-        return daemon(sys.argv[2:], os.environ)
+    return daemon(sys.argv[2:], os.environ)
+
+
+def _command() -> NoReturn:
+    import os
+    import sys
+
     from boxship.cli.main import main
 
     code = main(sys.argv[1:], os.environ)

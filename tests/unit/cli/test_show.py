@@ -72,9 +72,9 @@ def test_listing(form: str, quiet: str, text: str) -> None:
 
 
 def test_mistakes_in_a_listings_template_are_dockers() -> None:
-    with pytest.raises(InvalidArgument, match="^failed to parse template: template: :1: unclosed action$"):
+    with pytest.raises(InvalidArgument, match=r"^failed to parse template: template: :1: unclosed action$"):
         Listing("{{", ("ID",), HEADINGS)
-    with pytest.raises(InvalidArgument, match="^failed to execute template: template: :1:2: executing .* at <.Foo>: can't evaluate field Foo"):
+    with pytest.raises(InvalidArgument, match=r"^failed to execute template: template: :1:2: executing .* at <.Foo>: can't evaluate field Foo"):
         Listing("{{.Foo}}", ("ID",), HEADINGS).text(ROWS)
 
 
@@ -85,7 +85,7 @@ def test_progress_without_a_terminal_is_plain_lines() -> None:
 
 
 def test_an_error_in_the_stream_is_raised() -> None:
-    with pytest.raises(BoxshipError, match="^no such manifest$"):
+    with pytest.raises(BoxshipError, match=r"^no such manifest$"):
         progress.show([b'{"status":"x"}', b'{"errorDetail":{"message":"no such manifest"},"error":"old"}'], fd=-1, environ={})
 
 
@@ -102,7 +102,7 @@ def test_a_screen_has_a_line_for_each_and_the_total_while_it_is_not_there() -> N
     for name in ("a", "b"):
         screen.take({"id": name, "status": "Downloading", "progressDetail": {"current": 10, "total": 100}})
     drawn = os.read(read, 65536).decode()
-    assert "a: Downloading [=====>" in drawn and "Total: [=====>" in drawn and "20B/200B" in drawn and " left" in drawn
+    assert "a: Downloading [==>" in drawn and "Total: [==>" in drawn and "20B/200B" in drawn and " left" in drawn
     for name in ("a", "b"):
         screen.take({"id": name, "status": "Pull complete"})
     last = os.read(read, 65536).decode()
