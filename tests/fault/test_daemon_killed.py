@@ -118,6 +118,23 @@ def groups_of(namespace):
         [path for path in Path("/sys/fs/cgroup").glob(f"{namespace}/*") if path.is_dir()]
 
 
+@pytest.fixture
+def namespace():
+    """A namespace of its own, whose control groups are empty and gone afterwards."""
+    name = f"bk{uuid.uuid4().hex[:6]}"
+    yield name
+    for group in groups_of(name):
+        for pid in (group / "cgroup.procs").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+    end = time.monotonic() + 5
+    while groups_of(name) and time.monotonic() < end:
+        for group in groups_of(name):
+            try:
+                group.rmdir()
+            except OSError:
+                time.sleep(0.05)
+
+
 def until(condition, what, seconds=30):
     end = time.monotonic() + seconds
     while not (last := condition()):
@@ -149,12 +166,11 @@ async def check(root):
 
 
 @pytest.mark.timeout(120 + KILLS * 10)
-def test_killed_at_random_moments(tmp_path):
+def test_killed_at_random_moments(tmp_path, namespace):
     archive = tmp_path / "image.tar"
     image.write_archive(archive)
     seed = random.randrange(1 << 30)
     chance = random.Random(seed)
-    namespace = f"bk{uuid.uuid4().hex[:6]}"
     with daemon() as d:
         d.start()
         d.ctr("images", "import", str(archive), namespace=namespace)

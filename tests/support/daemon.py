@@ -43,7 +43,7 @@ class Daemon:
         with open(self.log, "ab") as log:
             offset = log.tell()
             self.process = subprocess.Popen(words, stdout=log, stderr=log, env=dict(os.environ, **(env or {})))
-        for _ in range(600):
+        for _ in range(3000):
             text = self.log.read_bytes()[offset:]
             if b"msg=ready" in text or b'"msg": "ready"' in text:
                 return
