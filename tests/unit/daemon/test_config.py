@@ -1,8 +1,12 @@
 """The configuration says what it means, and what it does not know it refuses by name."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from boxship.daemon.config import OWN_RUNTIMES, load, parse, with_flags
+from boxship.daemon.docker import settings
 from boxship.kit.errors import InvalidArgument
 
 
@@ -56,3 +60,13 @@ def test_a_file_that_was_named_must_be_there(tmp_path):
     with pytest.raises(FileNotFoundError):
         load(str(tmp_path / "none.toml"))
     assert load("", {"HOME": str(tmp_path)}, uid=1000).idle_exit_s == 0
+
+
+def test_the_configuration_in_the_documentation_is_one():
+    page = (Path(__file__).parents[3] / "docs" / "daemon.md").read_text()
+    [text] = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    config = read(text)
+    assert config.containerd.mode == 0o660
+    assert settings(config.table("engine"), "").runtimes["kata"] == ("io.containerd.kata.v2", "")
+    named = set(re.findall(r"^\[(\w+)\]$", text, re.MULTILINE))
+    assert named >= {"containerd", "docker", "log", "metrics", "tracing", "runtimes"}
