@@ -95,14 +95,19 @@ def daemon() -> Iterator[Daemon]:
         if made.process is not None:
             made.process.kill()
             made.process.wait()
-        for pid in processes_of(folder):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        table = Path("/proc/self/mounts").read_text().splitlines()
-        for line in reversed(table):
-            point = line.split()[1]
-            if point.startswith(f"{folder}/"):
-                subprocess.run(["umount", "-l", point])
-        shutil.rmtree(folder)
+        clear(folder)
+
+
+def clear(folder: Path) -> None:
+    """End what runs below a daemon's folder, unmount what is mounted there, as images stay when their daemon ends, and remove it."""
+    for pid in processes_of(folder):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    table = Path("/proc/self/mounts").read_text().splitlines()
+    for line in reversed(table):
+        point = line.split()[1]
+        if point.startswith(f"{folder}/"):
+            subprocess.run(["umount", "-l", point])
+    shutil.rmtree(folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from support.daemon import Daemon
+from support.daemon import Daemon, clear
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run the tests as root")]
 CANARY = "canary-7d3f1a"
@@ -40,6 +40,7 @@ def docker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Docker]:
     for name in run("ps", "-aq").stdout.split():
         run("rm", "-f", name)
     daemon.stop()
+    clear(folder)
 
 
 def out(done: subprocess.CompletedProcess[str]) -> str:
