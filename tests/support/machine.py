@@ -299,7 +299,7 @@ def capability_sets(status: str) -> dict[str, int]:
 
 
 def _is_warm(command: str) -> bool:
-    return "boxship.runtime.warm" in command
+    return "boxship.runtime.warm" in command or "boxship.daemon.spawner" in command
 
 
 def _processes() -> Iterator[tuple[int, int, str, str]]:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 VERSION = "0.1.0"
 NAME = "io.containerd.boxship.v1"
+SHIM = "containerd-shim-boxship-v1"
 GROUPS = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")
 _VALUES = ("namespace", "address", "publish-binary", "id", "bundle", "socket")
 _SWITCHES = ("debug", "v", "info", "version")
@@ -139,7 +140,7 @@ def answer(caller: Caller, own_runtime: OwnRuntime) -> Answered:
 
 
 def _version(argv: Sequence[str]) -> str:
-    name = argv[0] if argv else "containerd-shim-boxship-v1"
+    name = argv[0] if argv else SHIM
     return f"{name}:\n  Version:  {VERSION}\n  Revision: v{VERSION}\n\n"
 
 
@@ -205,7 +206,8 @@ class Start:
         self.reply = reply(address, params is not None, self._environ.get("MAX_SHIM_VERSION", ""))
 
         self.birth = marshal.dumps({
-            "path": self.path, "bundle": self.bundle, "namespace": self.namespace, "debug": self._debug, "umask": caller.umask,
+            "path": self.path, "id": group, "bundle": self.bundle, "namespace": self.namespace, "debug": self._debug,
+            "umask": caller.umask,
             "events": self._environ.get("TTRPC_ADDRESS", ""), "publish": (self._publish_binary, self._address),
             "oom": _oom_score(caller.pid), "cgroup": self._options.shim_cgroup, "environ": pack_environ(self._environ),
         })
@@ -218,6 +220,10 @@ def be_shim(listener: _socket.socket, birth: bytes, own_runtime: OwnRuntime) -> 
     os.umask(know["umask"])
     log = Log(f"{know['bundle']}/log", debug=know["debug"])
     _adjust_oom(know["oom"])
+    try:
+        shim.set_title(f"{SHIM} -namespace {know['namespace']} -id {know['id']} -address {know['publish'][1]}")
+    except OSError as error:
+        log.write("debug", f"the process keeps the spawner's name: {error}")
     if know["cgroup"]:
         try:
             _enter_cgroup(know["cgroup"])

@@ -11,6 +11,7 @@ import traceback
 from boxship.abi import syscalls
 from boxship.api.task.services import TASK, TASK_V2, TASK_V3
 from boxship.api.ttrpc.server import Server, Service
+from boxship.kit.files import read_all
 from boxship.kit.loop import Inbox, Loop
 from boxship.linux import _sys
 from boxship.shim.children import Children
@@ -26,7 +27,22 @@ if TYPE_CHECKING:
 
 _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
 _SIGTERM, _SIGINT, _SIGPIPE = 15, 2, 13
-_NAME = b"boxship-shim\0"
+_NAME = b"containerd-shim\0"
+
+
+def set_title(title: str) -> None:
+    """Have ps(1) show `title`, cut to the room that the spawner's own command line and environment had. Raises OSError.
+
+    Spec: proc(5): /proc/PID/cmdline goes on into the environment when the last byte of the arguments is no NUL.
+    """
+    stat = read_all("/proc/self/stat")
+    start, _, _, end = (int(field) for field in stat[stat.rindex(b")") + 2 :].split(b" ")[45:49])
+    room = end - start
+    memory = os.open("/proc/self/mem", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.pwrite(memory, title.encode(errors="replace")[: room - 1].ljust(room, b"\0"), start)
+    finally:
+        os.close(memory)
 
 
 def run(
