@@ -57,8 +57,7 @@ def holds(root: Path, said: list[list[str]]) -> None:
                 found = (await daemon.images.Get(pb.images.GetImageRequest(name=name), Call(namespace))).image
                 assert found.target.digest == manifest
                 store = daemon.content.store(Call(namespace))
-                assert store.info(layer).size == os.fstat(fd := store.open(layer)).st_size
-                os.close(fd)
+                assert store.info(layer).size == os.stat(store.path(layer)).st_size
             for name in containers:
                 found = (await daemon.containers.Get(pb.containers.GetContainerRequest(id=name), CALL)).container
                 request = pb.snapshots.MountsRequest(snapshotter="native", key=found.snapshot_key)
