@@ -149,4 +149,4 @@ class Driver(Protocol):
         """Take away what is on the disk and belongs to no snapshot, and what was left for later when it was removed."""
 
     def close(self) -> None:
-        """Give up the database; mounts stay. May be called twice."""
+        """Give up the database; what others have mounted stays. May be called twice."""

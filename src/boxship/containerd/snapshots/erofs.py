@@ -9,9 +9,10 @@ Spec: containerd 2.x docs/snapshotters/erofs.md for the idea; overlayfs as in ov
     ROOT/layers/ID                  where the image is mounted
 
 A snapshot's form says what it consists of: "" (its `fs`), "image", or "image+fs" when something was written over the image before
-it was committed. An image is mounted when it is first needed, by this driver alone, and stays mounted until the snapshot is
-removed: mounts that are handed out name directories, as those of the overlayfs snapshotter do. After a restart the mounts of
-before are found in the mount table.
+it was committed. An image is mounted when it is first needed, by this driver alone: mounts that are handed out name directories,
+as those of the overlayfs snapshotter do. It stays mounted until the snapshot is removed or the driver is closed; who has mounted
+what was handed out keeps it. After a SIGKILL the mounts of before are found in the mount table, and what the
+active snapshots and views stand on is mounted again when the driver is opened.
 
 Not here: how an image is made (`boxship.images.layers.erofs`).
 """
@@ -23,10 +24,10 @@ import os
 from typing import TYPE_CHECKING
 
 from boxship.abi import mount as m
-from boxship.containerd.snapshots.driver import ACTIVE, Usage
+from boxship.containerd.snapshots.driver import ACTIVE, COMMITTED, Usage
 from boxship.containerd.snapshots.overlay import OverlayDriver, like
 from boxship.kit import failpoint
-from boxship.kit.errors import FailedPrecondition, from_os_error
+from boxship.kit.errors import BoxshipError, FailedPrecondition, from_os_error
 from boxship.linux import mounts
 
 if TYPE_CHECKING:
@@ -51,6 +52,29 @@ class ErofsDriver(OverlayDriver):
             if point.startswith(prefix) and point[len(prefix) :].isdigit()
         }
         super().__init__(root, options=options)
+        self._mount_used()
+
+    def _mount_used(self) -> None:
+        """Mounts that were handed out before a restart may be carried out only now."""
+        with self._database as database:
+            for info in list(database.walk()):
+                if info.kind != COMMITTED:
+                    row = database.get(info.name)
+                    try:
+                        self._below(row, database.chain(row))
+                    except BoxshipError:
+                        continue  # an image that is gone: who uses the snapshot is told then
+
+    def close(self) -> None:
+        """See Driver."""
+        for number in sorted(self._mounted):
+            try:
+                mounts.umount(os.path.join(self._layers, str(number)))
+            except OSError as error:
+                if error.errno not in (errno.EBUSY, errno.EINVAL, errno.ENOENT):
+                    raise
+        self._mounted.clear()
+        super().close()
 
     # Images.
 

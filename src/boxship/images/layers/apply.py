@@ -233,6 +233,8 @@ class _Applier:
         try:
             if status is not None and is_whiteout(status):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(target))
+            if status is not None and stat.S_ISDIR(status.st_mode):
+                raise InvalidArgument(f"layer: {os.fsdecode(member.name[:255])}: a hard link to a directory")
             if status is not None and os.path.sameopenfile(at, parent) and name == base:
                 return  # to itself
             self._make(parent, base, lambda: os.link(name, base, src_dir_fd=at, dst_dir_fd=parent, follow_symlinks=False))

@@ -102,7 +102,7 @@ class Mapped:
         while size:
             data = self.take(min(size, 1 << 20))
             if not data:
-                raise TarError(f"unexpected end of the archive at offset {self.offset}")
+                raise TarError(f"layer: the archive ends within the data at offset {self.offset}")
             size -= len(data)
             yield data
 
@@ -164,7 +164,7 @@ class Stream:
             else:
                 self._buffer, self._at = self._read(), 0
                 if not self._buffer:
-                    raise TarError(f"unexpected end of the archive at offset {self.offset}")
+                    raise TarError(f"layer: the archive ends within the data at offset {self.offset}")
 
 
 class Member:
