@@ -363,6 +363,11 @@ class Transport:
         where = f"{request.method} {_shown(str(response.url))}: {response.status} {reason}".rstrip()
         message = f"{request.what}: {where}{text}" if request.what else f"{where}{text}"
         status = response.status
+        if (status in (401, 403) or "DENIED" in codes) and request.what:
+            # The words that containerd and Docker have for it, which clients look for.
+            verb = "push" if any(scope.endswith("push") for scope in request.scopes) else "pull"
+            denied = f"{verb} access denied, repository does not exist or may require authorization"
+            message = f"{request.what}: {denied}: {where}{text}"
         if status == 401:
             return Unauthenticated(message, f"log in to {host.namespace or host.address} first, or check the name")
         if status == 403 or "DENIED" in codes:

@@ -530,7 +530,7 @@ def test_a_blob_without_end_is_stopped_at_its_size() -> None:
 
 
 @pytest.mark.parametrize(("status", "kind", "said"), [
-    (401, Unauthenticated, "log in"), (403, PermissionDenied, "may not"), (404, NotFound, "404"), (418, InvalidArgument, "418"),
+    (401, Unauthenticated, "pull access denied"), (403, PermissionDenied, "may not"), (404, NotFound, "404"), (418, InvalidArgument, "418"),
     (429, ResourceExhausted, "limits how often"), (500, Unavailable, "try again later"), (503, Unavailable, "503"),
 ])
 @pytest.mark.parametrize("where", ["manifests", "blobs"])
