@@ -3,7 +3,7 @@
 Runs in: the process of `boxship daemon` (boxshipd), one event loop.
 
     start    lock STATE → services opened, living shims found → sockets bound → READY=1
-    SIGHUP   configuration read again; the log and the parts take what they can change while they run
+    SIGHUP   configuration read again: the log takes it at once, the rest with the next start
     SIGTERM  (SIGINT too) no new calls, streams end, calls under way get some seconds; containers and their shims live on
     SIGKILL  at any moment: what is on disk is whole, the next daemon finds the shims
 

@@ -14,6 +14,7 @@ import pytest
 from boxship.api.any import PROCESS
 from boxship.api.containerd import pb
 from boxship.api.containerd.call import Call
+from boxship.containerd.tasks import shims
 from boxship.kit.errors import AlreadyExists, BoxshipError, InvalidArgument, NotFound
 from support import image
 from support.tasks import Daemon, specification
@@ -225,6 +226,30 @@ def test_a_shim_that_is_killed_takes_its_container_with_it_and_the_exit_is_told(
     status, topics = run_on(loop, run())
     assert status == 137
     assert topics[-2:] == ["/tasks/exit", "/tasks/delete"]
+
+
+def test_a_shim_that_is_slow_keeps_its_container(folder, rootfs, loop, monkeypatch):
+    monkeypatch.setattr(shims, "LOAD_TIMEOUT_S", 0.3)
+
+    async def before():
+        async with Daemon(folder) as daemon:
+            daemon.record("c", spec_of(rootfs, "sleep", "1000"))
+            await daemon.tasks.Create(t.CreateTaskRequest(container_id="c"), CALL)
+            return daemon.containers
+
+    async def after(containers, shim):
+        async with Daemon(folder, containers) as daemon:
+            os.kill(shim, signal.SIGCONT)
+            state = await daemon.tasks.Get(t.GetRequest(container_id="c"), CALL)
+            await daemon.tasks.Kill(t.KillRequest(container_id="c", signal=9), CALL)
+            await wait_stopped(daemon, "c")
+            await daemon.tasks.Delete(t.DeleteTaskRequest(container_id="c"), CALL)
+            return state.process.status
+
+    containers = run_on(loop, before())
+    [shim] = shims_below(folder)
+    os.kill(shim, signal.SIGSTOP)
+    assert run_on(loop, after(containers, shim)) == pb.types.CREATED
 
 
 def test_what_an_earlier_daemon_left_half_done_is_cleaned(folder, rootfs, loop):

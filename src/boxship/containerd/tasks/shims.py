@@ -31,7 +31,7 @@ from boxship.containerd.events import Exchange
 from boxship.containerd.tasks import bundle as bundles
 from boxship.containerd.tasks.bundle import Bundle
 from boxship.containerd.tasks.launch import Endpoint, Launch, Launcher, parse_endpoint
-from boxship.kit.errors import AlreadyExists, BoxshipError, NotFound, Unavailable, Unsupported
+from boxship.kit.errors import AlreadyExists, BoxshipError, DeadlineExceeded, NotFound, Unavailable, Unsupported
 from boxship.kit.files import write_atomic
 
 log = logging.getLogger("boxship.shim")
@@ -370,6 +370,9 @@ class Shims:
                 await shim.call("State", pb.task.StateRequest(id=shim.bundle.id), LOAD_TIMEOUT_S)
         except NotFound:
             return False
+        except DeadlineExceeded as error:
+            # It lives, or the connection would be closed: slow is no reason to end somebody's container.
+            log.warning("shim of %s: %s", shim.bundle.id, error, extra={"namespace": shim.bundle.namespace})
         return True
 
     async def _runtime(self, bundle: Bundle) -> str:
