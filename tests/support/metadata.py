@@ -25,7 +25,7 @@ class Daemon:
         self.events: list[tuple[str, str]] = []
         exchange = Exchange()
         exchange.publish = lambda namespace, topic, event: self.events.append((namespace, topic))  # type: ignore[method-assign]
-        self.metadata = Metadata(root, exchange, {"native": NativeDriver(f"{root}/native")}, tables)
+        self.metadata = Metadata(root, exchange, {"native": NativeDriver(f"{root}/io.containerd.snapshotter.v1.native")}, tables)
         for name, service in self.metadata.services.items():
             setattr(self, name, service)
         self.database, self.files, self.collector = self.metadata.database, self.metadata.files, self.metadata.collector

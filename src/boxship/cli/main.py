@@ -105,7 +105,8 @@ GROUPS = {
             "prune": "image prune",
         },
     ),
-    "system": ("Manage the engine", {"df": "system df", "events": "events", "info": "info", "prune": "system prune"}),
+    "system": ("Manage the engine", {
+        "check": "system check", "df": "system df", "events": "events", "info": "info", "prune": "system prune"}),
 }
 """Group → (what it is, its words → the subcommand that they stand for)."""
 
@@ -114,6 +115,7 @@ MORE = {
     "container prune": ("prune", "Remove all stopped containers"),
     "image inspect": ("inspect", "Display detailed information on one or more images"),
     "image prune": ("prune", "Remove unused images"),
+    "system check": ("system", "Check that metadata, content and snapshots agree"),
     "system df": ("system", "Show how much disk space is used"),
     "system prune": ("prune", "Remove unused data"),
 }

@@ -8,6 +8,7 @@ import pytest
 
 from boxship.api.containerd import pb
 from boxship.api.containerd.call import Call
+from boxship.containerd.metadata import check
 from boxship.containerd.metadata.database import Database
 from boxship.images.store import Store
 from boxship.kit.errors import (
@@ -526,6 +527,28 @@ def test_check_finds_what_was_spoilt_and_the_start_puts_it_right(tmp_path):
     run(tmp_path, work)
 
 
+def test_a_store_is_checked_from_outside(tmp_path):
+    lines = []
+
+    async def work(daemon):
+        digest = daemon.put(b"data", labels=ROOT)
+        await daemon.snapshots.Prepare(pb.snapshots.PrepareSnapshotRequest(snapshotter="native", key="k"), CALL)
+        assert check.root(str(tmp_path)) == []
+        Path(daemon.files.path(digest)).unlink()
+        [info] = daemon.metadata.drivers["native"].walk()
+        daemon.metadata.drivers["native"].remove(info.name)
+        lines.extend([f"namespace one: content {digest} is lost", "namespace one: snapshot k is lost by native"])
+
+    run(tmp_path, work)
+    assert check.root(str(tmp_path)) == lines
+    (tmp_path / "metadata.db").write_bytes(b"nothing of the kind" * 1000)
+    for name in ("metadata.db-wal", "metadata.db-shm"):
+        (tmp_path / name).unlink(missing_ok=True)
+    assert check.root(str(tmp_path)) == ["database: file is not a database"]
+    with pytest.raises(NotFound):
+        check.root(str(tmp_path / "elsewhere"))
+
+
 def test_a_file_that_is_no_database_or_of_another_time_is_refused(tmp_path):
     path = tmp_path / "metadata.db"
     path.write_bytes(b"something else altogether" * 100)
@@ -549,5 +572,5 @@ def test_a_full_disk_is_said_and_nothing_of_the_transaction_stays(tmp_path):
     assert database.names() == []
     database.create("two", {})
     assert database.names() == ["two"]
-    assert database.check() == []
     database.close()
+    assert check.root(str(tmp_path)) == []

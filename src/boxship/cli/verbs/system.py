@@ -306,6 +306,24 @@ def disk_usage(call: Call) -> int:
     return 0
 
 
+# --- system check ----------------------------------------------------------------------------------------------------
+
+
+def check(call: Call) -> int:
+    """`boxship system check`: looks at the store itself, with or without a daemon."""
+    from boxship.containerd.metadata import check as store
+
+    root = call.text("root")
+    if not root:
+        root = "/var/lib/boxship"
+        if os.geteuid():
+            data = call.environ.get("XDG_DATA_HOME") or os.path.join(call.environ.get("HOME", "/"), ".local/share")
+            root = os.path.join(data, "boxship")
+    found = store.root(root)
+    write("".join(line + "\n" for line in found) or f"{root}: all is well\n")
+    return 1 if found else 0
+
+
 _FORMAT = """
 f,format string | Format output using a custom template: 'json' or a Go template
 json | Print the output as JSON
@@ -313,6 +331,14 @@ json | Print the output as JSON
 COMMANDS = {
     "info": Command(" [OPTIONS]", "Display system-wide information", info, _FORMAT),
     "version": Command(" [OPTIONS]", "Show the version information of the command and the engine", version, _FORMAT),
+    "system check": Command(
+        " [OPTIONS]",
+        "Check that metadata, content and snapshots agree; reads all content",
+        check,
+        """
+root string | Directory of the daemon (default "/var/lib/boxship")
+""",
+    ),
     "system df": Command(
         " [OPTIONS]",
         "Show how much disk space is used",

@@ -215,14 +215,6 @@ class Database:
         self.deletions += 1
         self.dirty.add(what)
 
-    def check(self) -> list[str]:
-        """What is wrong with the file and the references in it; empty when nothing is."""
-        with self.snapshot() as (rows, _):
-            found = [str(row[0]) for row in rows.execute("PRAGMA integrity_check")]
-            broken = [f"a row of {row[0]} refers to {row[2]} that is not there"
-                      for row in rows.execute("PRAGMA foreign_key_check")]
-        return ([] if found == ["ok"] else found) + broken
-
     def close(self) -> None:
         """A second time does nothing."""
         with self.lock:

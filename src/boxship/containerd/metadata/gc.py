@@ -14,13 +14,13 @@ import asyncio
 import contextlib
 import logging
 import math
-import os
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from boxship.api.containerd import pb
+from boxship.containerd.metadata import check
 from boxship.containerd.metadata.database import CONTENT, Database, now
 from boxship.containerd.metadata.graph import Garbage, Graph
 from boxship.containerd.metadata.publisher import Publish
@@ -29,7 +29,6 @@ from boxship.containerd.snapshots.driver import Driver
 from boxship.images.content import ContentStore
 from boxship.kit import failpoint
 from boxship.kit.errors import BoxshipError, FailedPrecondition, InvalidArgument, NotFound
-from boxship.oci import digest as digests
 
 log = logging.getLogger("boxship.gc")
 
@@ -160,62 +159,27 @@ class Collector:
         """At the start, before anybody asks: rows and files agree again. What has no row is left to the first collection."""
         finish_commits(self._database, self._drivers)
         with self._database.writing() as rows:
-            for namespace, digest, what in list(self._lost_content(rows)):
+            for namespace, digest, what in list(check.lost_content(rows, self._files)):
                 log.error("content %s of namespace %s %s", digest, namespace, what)
                 rows.execute("DELETE FROM blobs WHERE namespace=? AND digest=?", (namespace, digest))
-            for snapshotter, namespace, key in list(self._lost_snapshots(rows)):
+            for snapshotter, namespace, key in list(check.lost_snapshots(rows, self._keys())):
                 log.error("snapshot %s of namespace %s is lost by %s", key, namespace, snapshotter)
                 rows.execute("DELETE FROM snapshots WHERE snapshotter=? AND namespace=? AND key=?", (snapshotter, namespace, key))
         with self._database.lock:
             self._database.dirty |= {CONTENT, *(f"snapshots/{name}" for name in self._drivers)}
 
-    def _lost_content(self, rows: sqlite3.Connection) -> Iterator[tuple[str, str, str]]:
-        """(namespace, digest, what is wrong) of blobs whose file is not there, or not of its size."""
-        sizes = {info.digest: info.size for info in self._files.walk()}
-        for namespace, digest, size in rows.execute("SELECT namespace, digest, size FROM blobs"):
-            found = sizes.get(digest)
-            if found is None:
-                yield namespace, digest, "is lost"
-            elif found != size:
-                yield namespace, digest, f"has {found} bytes, {size} were recorded"
-
-    def _lost_snapshots(self, rows: sqlite3.Connection) -> Iterator[tuple[str, str, str]]:
-        for name, driver in self._drivers.items():
-            there = {info.name for info in driver.walk()}
-            query = "SELECT namespace, key, driver_key FROM snapshots WHERE snapshotter=?"
-            for namespace, key, driver_key in rows.execute(query, (name,)):
-                if driver_key not in there:
-                    yield name, namespace, key
+    def _keys(self) -> dict[str, Callable[[], set[str]]]:
+        return {name: lambda driver=driver: {info.name for info in driver.walk()}  # type: ignore[misc]
+                for name, driver in self._drivers.items()}
 
     def check(self) -> list[str]:
         """What is not as it should be, in words; empty when all is well. Reads every blob; others may work meanwhile."""
-        wrong = [f"database: {line}" for line in self._database.check()]
-        with self._database.snapshot() as (rows, _):
-            content = list(self._lost_content(rows))
-            wrong += [f"namespace {namespace}: content {digest} {what}" for namespace, digest, what in content]
-            wrong += [f"namespace {namespace}: snapshot {key} is lost by {name}"
-                      for name, namespace, key in self._lost_snapshots(rows)]
-            wrong += [f"namespace {namespace}: snapshot {key} of {name} has lost its parent {parent}"
-                      for name, namespace, key, parent in rows.execute(
-                          "SELECT snapshotter, namespace, key, parent FROM snapshots child WHERE parent != '' AND NOT EXISTS"
-                          " (SELECT 1 FROM snapshots WHERE snapshotter=child.snapshotter AND namespace=child.namespace"
-                          " AND key=child.parent)")]
-            known = {row[0] for row in rows.execute("SELECT digest FROM blobs")} - {digest for _, digest, _ in content}
-        for digest in sorted(known):
-            with contextlib.suppress(NotFound):  # deleted meanwhile
-                if not _intact(self._files.open(digest), digest):
-                    wrong.append(f"content {digest} is not that content any more")
-        return wrong
 
+        def once() -> list[str]:
+            with self._database.snapshot() as (rows, _):
+                return list(check.database_lines(rows)) + list(check.lines(rows, self._files, self._keys()))
 
-def _intact(fd: int, digest: str) -> bool:
-    try:
-        hasher = digests.hasher(digest)
-        while chunk := os.read(fd, 1 << 20):
-            hasher.update(chunk)
-        return bool(hasher.hexdigest() == digests.split(digest)[1])
-    finally:
-        os.close(fd)
+        return check.twice(once)
 
 
 class Schedule:

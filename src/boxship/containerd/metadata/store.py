@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from boxship.containerd.events import Exchange
+from boxship.containerd.metadata.check import CONTENT_FOLDER, DATABASE
 from boxship.containerd.metadata.content import Content, Contents
 from boxship.containerd.metadata.database import Database
 from boxship.containerd.metadata.gc import Collector, Scheduler, configured
@@ -46,8 +47,8 @@ class Metadata:
             raise InvalidArgument(f'content.sharing_policy must be "{SHARED}" or "{ISOLATED}", not {policy!r}')
         publish = Publisher(exchange.publish)
         self.drivers = drivers
-        self.database = Database(os.path.join(root, "metadata.db"))
-        self.files = ContentStore(os.path.join(root, "content"))
+        self.database = Database(os.path.join(root, DATABASE))
+        self.files = ContentStore(os.path.join(root, CONTENT_FOLDER))
         self.collector = Collector(self.database, self.files, drivers, publish)
         self.scheduler = Scheduler(self.database, self.collector, configured((tables or {}).get("gc", {})))
         self.snapshots = Snapshots(self.database, drivers, publish)
