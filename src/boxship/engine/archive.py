@@ -24,6 +24,7 @@ from boxship.engine import times
 from boxship.engine.container import Container
 from boxship.engine.core import Core
 from boxship.engine.rootfs import Root, overlay_layers
+from boxship.engine.startup import running_root
 from boxship.kit.errors import InvalidArgument, NotFound, PermissionDenied, from_os_error
 
 _COPY = 1 << 20
@@ -51,12 +52,12 @@ def clean(path: str) -> str:
     return os.path.normpath("/" + path.lstrip("/"))
 
 
-async def place(core: Core, container: Container, path: str, *, writing: bool = False) -> Callable[[], Place]:
-    """Where `path` is; the result opens it, in a worker thread."""
+async def place(core: Core, container: Container, path: str, *, writing: bool = False) -> Place:
+    """Where `path` is, opened; a context manager. Raises NotFound and what containerd raises."""
     wanted = clean(path)
-    if container.state.running and container.state.pid:
-        pid = container.state.pid
-        return lambda: Place(Root(path=f"/proc/{pid}/root"), wanted, read_only=False)
+    root = await running_root(core, container)
+    if root is not None:
+        return Place(root, wanted, read_only=False)
     points = [point for point in container.mounts if point["Type"] in ("bind", "volume") and (
         wanted == point["Destination"] or wanted.startswith(point["Destination"] + "/"))]
     if points:
@@ -64,12 +65,12 @@ async def place(core: Core, container: Container, path: str, *, writing: bool = 
         source = core.volumes.path(point["Name"]) if point["Type"] == "volume" else point["Source"]
         inner = wanted[len(point["Destination"]) :] or "/"
         if os.path.isdir(source):
-            return lambda: Place(Root(path=source), inner, read_only=not point["RW"])
+            return Place(Root(path=source), inner, read_only=not point["RW"])
     mounts = await core.snapshots.mounts(container.id)
     if writing:
         container.fresh = False
         core.save(container)
-    return lambda: Place(Root(mounts, read_only=not writing), wanted, read_only=container.host["ReadonlyRootfs"])
+    return Place(Root(mounts, read_only=not writing), wanted, read_only=container.host["ReadonlyRootfs"])
 
 
 def _split(path: str) -> tuple[str, str]:

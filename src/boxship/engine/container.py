@@ -186,5 +186,6 @@ class Container:
     def wait_for(self, waiting: list[asyncio.Future[None]]) -> asyncio.Future[None]:
         """A future for the next exit (`next_exit`) or the removal (`removed`)."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting[:] = [each for each in waiting if not each.done()]  # those whose clients went away
         waiting.append(future)
         return future

@@ -249,6 +249,8 @@ async def remove(core: Core, container: Container, *, with_volumes: bool) -> Non
         core.save(container)
         raise
     core.forget(container)
+    if container.streams is not None:
+        container.streams.close()  # somebody attached, and it was never started
     if with_volumes:
         for point in container.mounts:
             name = point.get("Name", "")

@@ -10,6 +10,7 @@ import asyncio
 import os
 from typing import Any
 
+from boxship.api.containerd.pb import tasks, types
 from boxship.engine import spec, volumes
 from boxship.engine.container import Container
 from boxship.engine.core import Core
@@ -48,16 +49,40 @@ class Accounts:
         return user
 
     async def _read(self, container: Container) -> dict[str, str]:
-        mounts = await self._core.snapshots.mounts(container.id)
+        running = await running_root(self._core, container)
+        mounts = await self._core.snapshots.mounts(container.id) if running is None else None
 
         def work() -> dict[str, str]:
-            if container.state.running and container.state.pid:
-                with Root(path=f"/proc/{container.state.pid}/root") as root:
-                    return {path: root.read(path) for path in ("/etc/passwd", "/etc/group")}
-            with Root(mounts, read_only=True) as root:
+            with running or Root(mounts, read_only=True) as root:
                 return {path: root.read(path) for path in ("/etc/passwd", "/etc/group")}
 
         return await asyncio.get_running_loop().run_in_executor(None, work)
+
+
+async def running_root(core: Core, container: Container) -> Root | None:
+    """The root that a running container sees, its volumes included; None when it does not run.
+
+    Its process may have ended, and its number may be another's, before the engine hears of it: so containerd is asked once the
+    root is open. The shim is the parent, and a number is free for others only when the shim knows of the end.
+    """
+    pid = container.state.pid
+    if not container.state.running or not pid:
+        return None
+    try:
+        root = Root(path=f"/proc/{pid}/root")
+    except NotFound:
+        return None
+    try:
+        found = (await core.containerd.tasks.Get(tasks.GetRequest(container_id=container.id), core.call)).process
+        if found.pid == pid and found.status in (types.RUNNING, types.PAUSED, types.PAUSING):
+            return root
+    except NotFound:
+        pass
+    except BaseException:
+        root.close()
+        raise
+    root.close()
+    return None
 
 
 async def specification(core: Core, accounts: Accounts, container: Container) -> dict[str, Any]:

@@ -54,44 +54,34 @@ async def produced(work: Callable[[Callable[[bytes], None]], None], send: Callab
         while (piece := await queue.get()) is not None:
             await send(piece)
     finally:
+        # The thread uses what the caller is about to close: it is waited for, and let out of the queue.
         gone = True
-        while not queue.empty():
-            queue.get_nowait()
+        while not task.done():
+            while not queue.empty():
+                queue.get_nowait()
+            await asyncio.wait([task], timeout=0.05)
     await task
+
+
+async def _stat(spot: archive.Place, path: str) -> str:
+    return await asyncio.get_running_loop().run_in_executor(None, archive.stat_header, spot, path)
 
 
 @routes.add("HEAD", "/containers/{name}/archive")
 async def stat_path(engine: Any, request: web.Request, name: str) -> web.StreamResponse:
     path = _path(request)
-    opener = await archive.place(engine.core, engine.core.get(name), path)
-
-    def work() -> str:
-        with opener() as spot:
-            return archive.stat_header(spot, path)
-
-    header = await asyncio.get_running_loop().run_in_executor(None, work)
-    return web.Response(headers={"X-Docker-Container-Path-Stat": header})
+    with await archive.place(engine.core, engine.core.get(name), path) as spot:
+        return web.Response(headers={"X-Docker-Container-Path-Stat": await _stat(spot, path)})
 
 
 @routes.get("/containers/{name}/archive")
 async def get_archive(engine: Any, request: web.Request, name: str) -> web.StreamResponse:
     path = _path(request)
-    opener = await archive.place(engine.core, engine.core.get(name), path)
-
-    def look() -> str:
-        with opener() as spot:
-            return archive.stat_header(spot, path)
-
-    header = await asyncio.get_running_loop().run_in_executor(None, look)
     stream = Stream(request, "application/x-tar")
-    stream.response.headers["X-Docker-Container-Path-Stat"] = header
-
-    def work(put: Callable[[bytes], None]) -> None:
-        with opener() as spot:
-            base = os.path.basename(spot.path.rstrip("/")) or "."
-            archive.write_tar(spot, put, base=os.path.basename(archive.clean(path)) or base)
-
-    await produced(work, stream.send)
+    with await archive.place(engine.core, engine.core.get(name), path) as spot:
+        stream.response.headers["X-Docker-Container-Path-Stat"] = await _stat(spot, path)
+        base = os.path.basename(archive.clean(path)) or os.path.basename(spot.path.rstrip("/")) or "."
+        await produced(lambda put: archive.write_tar(spot, put, base=base), stream.send)
     return await stream.end()
 
 
@@ -138,23 +128,27 @@ class BodyFile(io.RawIOBase):
 async def put_archive(engine: Any, request: web.Request, name: str) -> web.StreamResponse:
     path = _path(request)
     container = engine.core.get(name)
-    opener = await archive.place(engine.core, container, path, writing=True)
     owner = None
     if flag(request, "copyUIDGID") and container.config["User"]:
         user = await engine.accounts.find(container, container.config["User"])
         owner = (user.uid, user.gid)
     body = io.BufferedReader(BodyFile(request), 1 << 20)
+    with await archive.place(engine.core, container, path, writing=True) as spot:
 
-    def work() -> None:
-        with opener() as spot:
+        def work() -> None:
             archive.extract(spot, body, no_overwrite_kind=flag(request, "noOverwriteDirNonDir"), owner=owner)
 
-    try:
-        await asyncio.get_running_loop().run_in_executor(None, work)
-    except BoxshipError:
-        # The client is still sending: an answer before the end of the body would be lost with the connection.
-        async for _ in request.content.iter_chunked(1 << 20):
-            continue
-        raise
+        # A client that goes away ends the body, and the thread with it; the root is needed until then.
+        task = asyncio.get_running_loop().run_in_executor(None, work)
+        try:
+            await asyncio.shield(task)
+        except BoxshipError:
+            # The client is still sending: an answer before the end of the body would be lost with the connection.
+            async for _ in request.content.iter_chunked(1 << 20):
+                continue
+            raise
+        except asyncio.CancelledError:
+            await asyncio.wait([task])
+            raise
     engine.core.announce(container, "extract-to-dir", path=path)
     return web.Response(status=200)
