@@ -101,14 +101,15 @@ def spawner_of(d):
 
 
 def shims(d):
-    """Our shims: forks of the spawner, which look like it."""
+    """Our shims: forks of the spawner, by their own name or still by its."""
     found = []
     for pid in processes_of(d.folder):
         try:
-            if b"boxship.daemon.spawner" in Path(f"/proc/{pid}/cmdline").read_bytes() and pid != spawner_of(d):
-                found.append(pid)
+            line = Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             continue
+        if line.startswith(b"containerd-shim-boxship-v1") or (b"boxship.daemon.spawner" in line and pid != spawner_of(d)):
+            found.append(pid)
     return found
 
 
