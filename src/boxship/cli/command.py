@@ -70,12 +70,10 @@ class Call:
         return self.parsed.number(name)
 
     def filters(self) -> dict[str, dict[str, bool]]:
-        """`--filter` as the engine takes it. Raises UsageFailure."""
+        """`--filter` as the engine takes it."""
         found: dict[str, dict[str, bool]] = {}
         for word in self.all("filter"):
-            name, equals, value = word.partition("=")
-            if not equals:
-                raise f.UsageError(f'invalid argument "{word}" for "-f, --filter" flag: invalid filter \'{word}\'')
+            name, _, value = word.partition("=")
             found.setdefault(name.strip().lower(), {})[value.strip()] = True
         return found
 
@@ -125,12 +123,20 @@ def carry_out(name: str, command: Command, arguments: Sequence[str], environ: Ma
         if parsed.switch("help"):
             show_help(name, command, flags)
             return 0
+        _check_filters(parsed, flags)
         _count(name, command, len(parsed.words))
         return command.function(Call(name, parsed, environ))
     except f.UsageError as error:
         raise UsageFailure(
             f"{error}\n\nUsage:  boxship {name}{command.usage}\n\nRun 'boxship {name} --help' for more information", 125
         ) from None
+
+
+def _check_filters(parsed: f.Parsed, flags: Sequence[f.Flag]) -> None:
+    for flag in flags:
+        wrong = next((word for word in parsed.list(flag.long) if "=" not in word), None) if flag.metavar == "filter" else None
+        if wrong is not None:
+            raise f.UsageError(f'invalid argument "{wrong}" for "{flag.shown}" flag: bad format of filter (expected name=value)')
 
 
 def show_help(name: str, command: Command, flags: Sequence[f.Flag]) -> None:

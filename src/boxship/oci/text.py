@@ -194,11 +194,12 @@ _quote = _json.encode_basestring
 _encode = _json.make_encoder(None, _not_json, _quote, None, ":", ",", False, False, False)
 
 
-def dumps(obj: object, indent: int | str | None = None) -> str:
+def dumps(obj: object, indent: int | str | None = None, *, html: bool = True) -> str:
     """The JSON text of `obj`, byte for byte as Go's encoding/json writes it; no newline at the end.
 
     `indent` as in Go's MarshalIndent: a string, or a number of spaces; None is compact. `<`, `>` and `&` are
-    escaped, as Go does for the sake of HTML; what is not Unicode in a string (a file name) becomes U+FFFD.
+    escaped, as Go does for the sake of HTML, unless `html` is False; what is not Unicode in a string (a file name) becomes
+    U+FFFD.
     Raises TypeError for what JSON has no value for, ValueError for NaN and infinity.
     """
     if indent is None:
@@ -208,12 +209,9 @@ def dumps(obj: object, indent: int | str | None = None) -> str:
         _indented(obj, "\n", indent if isinstance(indent, str) else " " * indent, parts)
         text = "".join(parts)
     # These letters can only be inside strings, so the finished text can be searched instead of every string.
-    if "<" in text:
-        text = text.replace("<", "\\u003c")
-    if ">" in text:
-        text = text.replace(">", "\\u003e")
-    if "&" in text:
-        text = text.replace("&", "\\u0026")
+    for letter, escaped in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026")) if html else ():
+        if letter in text:
+            text = text.replace(letter, escaped)
     if not text.isascii():
         text = _without_surrogates(text).replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     return text

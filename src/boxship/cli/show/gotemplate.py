@@ -554,7 +554,7 @@ def _inner(value: Any) -> str:
 
 def to_json(value: Any) -> str:
     """As Go's encoder writes it, & < > as they are."""
-    return json_text.dumps(_plain(value))
+    return json_text.dumps(_plain(value), html=isinstance(value, Row))
 
 
 def _plain(value: Any) -> Any:

@@ -77,7 +77,7 @@ class Listing:
         """Whether the field is shown: some cost the engine work."""
         if self.json:
             return False
-        return name in self.names or (self._template is not None and name in self._template.fields())
+        return name in self.names or (self._template is not None and not self._template.fields().isdisjoint((name, ".")))
 
     def text(self, rows: Iterable[Fields]) -> str:
         """The list as text."""

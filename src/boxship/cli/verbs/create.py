@@ -239,6 +239,8 @@ def ports(publish: Iterable[str], expose: Iterable[str]) -> tuple[dict[str, Any]
             host = host.removeprefix(":")
         else:
             address, _, host = front.rpartition(":")
+        if address and not _is_address(address):
+            raise InvalidArgument(f"invalid IP address: {address}")
         if not inside:
             raise InvalidArgument(f"no port specified: {word}<empty>")
         first, last = _span(inside, inside)
@@ -264,6 +266,18 @@ def ports(publish: Iterable[str], expose: Iterable[str]) -> tuple[dict[str, Any]
         for each in range(first, last + 1):
             exposed.setdefault(f"{each}/{(protocol or 'tcp').lower()}", {})
     return exposed, bindings
+
+
+def _is_address(text: str) -> bool:
+    import _socket
+
+    for family in (_socket.AF_INET, _socket.AF_INET6):
+        try:
+            _socket.inet_pton(family, text)
+        except OSError:
+            continue
+        return True
+    return False
 
 
 def _volumes(call: Call) -> tuple[dict[str, Any], list[str]]:
@@ -371,7 +385,7 @@ def _device(text: str) -> dict[str, str]:
     if len(parts) > 1 and parts[-1] and set(parts[-1]) <= set("rwm"):
         permissions = parts.pop()
     if len(parts) > 2 or not parts[0]:
-        raise InvalidArgument(f"invalid device specification: {text}")
+        raise InvalidArgument(f"bad format for path: {text}")
     return {"PathOnHost": parts[0], "PathInContainer": parts[-1], "CgroupPermissions": permissions}
 
 

@@ -10,6 +10,7 @@ from boxship.cli.command import LISTING, MANY, Command
 from boxship.cli.http.client import ApiError, path, quote
 from boxship.cli.show import units
 from boxship.cli.show.table import Listing, write
+from boxship.kit.errors import BoxshipError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -130,7 +131,10 @@ def _tag(call: Call) -> int:
     from boxship.cli.verbs.transfer import check_reference
 
     source, name = call.words
-    check_reference(name)
+    try:
+        check_reference(name)
+    except BoxshipError as error:
+        raise BoxshipError(f'Error parsing reference: "{name}" is not a valid repository/tag: {error}') from None
     repository, tag = split(name)
     call.engine.send("POST", path(f"/images/{quote(source)}/tag", {"repo": repository, "tag": tag or None})).read()
     return 0
@@ -147,11 +151,14 @@ _HISTORY = {
 
 
 def _history(call: Call) -> int:
+    human = "human" not in call.parsed.given or call.on("human")
     full = call.on("no-trunc")
     listing = Listing(
-        call.format(), ("ID", "CreatedSince", "CreatedBy", "Size", "Comment"), _HISTORY, quiet="ID" if call.on("quiet") else ""
+        call.format(),
+        ("ID", "CreatedSince" if human else "CreatedAt", "CreatedBy", "Size", "Comment"),
+        _HISTORY,
+        quiet="ID" if call.on("quiet") else "",
     )
-    human = "human" not in call.parsed.given or call.on("human")
 
     def fields(layer: dict[str, Any]) -> dict[str, object]:
         identity = str(layer.get("Id") or "")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from boxship.cli.command import Call
 
-_KINDS = ("container", "image", "network", "volume", "node", "service", "task", "plugin", "secret")
+_KINDS = ("config", "container", "image", "network", "volume", "node", "service", "task", "plugin", "secret")
 
 
 def _get(call: Call, kind: str, name: str) -> Any:
@@ -38,14 +38,15 @@ def _any(call: Call, name: str) -> Any:
     kinds: Sequence[str] = ("container", "image", "network", "volume")
     if call.text("type"):
         if call.text("type") not in _KINDS:
-            raise BoxshipError(f'unknown type: "{call.text("type")}"')
+            names = ", ".join(f'"{kind}"' for kind in sorted(_KINDS))
+            raise BoxshipError(f'unknown type: "{call.text("type")}": must be one of {names}')
         kinds = (call.text("type"),)
     for kind in kinds:
         try:
             return _get(call, kind, name)
         except ApiError as error:
             # An engine without this kind of object has none of that name.
-            if error.status not in (404, 501, 503) and not (len(kinds) > 1 and error.status in (400, 405)):
+            if len(kinds) == 1 or (error.status not in (404, 501, 503) and not (len(kinds) > 1 and error.status in (400, 405))):
                 raise
     what = call.text("type") or "object"
     raise BoxshipError(f"Error: No such {what}: {name}")
@@ -62,7 +63,7 @@ def _show(call: Call, get: Callable[[str], Any]) -> int:
             failures.append(str(error))
     form = call.format()
     if form in ("", "json"):
-        body = text.dumps(found) if form == "json" else text.dumps(found, indent="    ")
+        body = text.dumps(found, indent=None if form == "json" else "    ", html=False)
         write(body + "\n")
     else:
         from boxship.cli.show.gotemplate import Template

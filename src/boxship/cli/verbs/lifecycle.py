@@ -39,7 +39,9 @@ def _kill(call: Call) -> int:
 
 def _rm(call: Call) -> int:
     from boxship.cli.http.client import ApiError
+    from boxship.cli.show.table import write
 
+    missing: list[str] = []
     query = {"v": call.on("volumes"), "link": call.on("link"), "force": call.on("force")}
 
     def remove(name: str) -> None:
@@ -49,14 +51,16 @@ def _rm(call: Call) -> int:
         try:
             call.engine.send("DELETE", path(target(name), query)).read()
         except ApiError as error:
-            if call.on("force") and error.status == 404:
-                from boxship.cli.show.table import write
+            if not call.on("force") or error.status != 404:
+                raise
+            missing.append(str(error))
+            return
+        write(f"{name}\n")
 
-                write(f"{error}\n", 2)
-                return
-            raise
-
-    return each(call, call.words, remove)
+    code = each(call, call.words, remove, echo=False)
+    # What is not there was to be gone: said, but no failure.
+    write("".join(f"{text}\n" for text in missing), 2)
+    return code
 
 
 def _plain(verb: str) -> Callable[[Call], int]:
@@ -179,7 +183,7 @@ def _port(call: Call) -> int:
     if len(call.words) > 1:
         wanted = call.words[1] if "/" in call.words[1] else f"{call.words[1]}/tcp"
         if not found.get(wanted):
-            raise BoxshipError(f"no public port '{call.words[1]}' published for {call.words[0]}")
+            raise BoxshipError(f"Error: No public port '{call.words[1]}' published for {call.words[0]}")
         lines = [_binding(binding) for binding in found[wanted]]
     else:
         lines = [f"{port} -> {_binding(binding)}" for port in sorted(found, key=_port_key) for binding in found[port] or []]

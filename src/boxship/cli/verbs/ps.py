@@ -132,7 +132,7 @@ def _ps(call: Call) -> int:
     query = {
         "all": call.on("all") or call.on("latest") or (limit or -1) > 0,
         "limit": 1 if call.on("latest") else limit if (limit or -1) > 0 else None,
-        "size": call.on("size") or listing.json or listing.needs("Size"),
+        "size": call.on("size") or listing.needs("Size"),
         "filters": call.filters(),
     }
     found = call.engine.send("GET", path("/containers/json", query)).json()

@@ -58,10 +58,12 @@ def _need_terminal(call: Call, *, tty: bool, stdin: bool) -> None:
 def _create(call: Call) -> str:
     """Make the container, pulling the image if need be; returns its id."""
     from boxship.cli.verbs import create as flags
+    from boxship.cli.verbs.transfer import check_reference
 
     pull = call.text("pull") or "missing"
     if pull not in ("always", "missing", "never"):
         raise BoxshipError(f'invalid pull option: \'{pull}\': must be one of "always", "missing" or "never"')
+    check_reference(call.words[0])
     flags.check_id_file(call.text("cidfile"))
     body = flags.request(call)
     query = {"name": call.text("name") or None, "platform": call.text("platform") or None}
@@ -117,7 +119,7 @@ def run(call: Call) -> int:
                 call, tty=call.on("tty"), stdin=call.on("interactive") and (not call.all("attach") or "stdin" in _streams(call))
             )
         elif call.all("attach"):
-            raise BoxshipError("conflicting options: cannot specify both --attach and --detach")
+            raise Exit(1, "conflicting options: cannot specify both --attach and --detach")
         identity = _create(call)
         return _run_detached(call, identity) if call.on("detach") else _run_attached(call, identity)
     except ApiError as error:
@@ -255,10 +257,19 @@ def start(call: Call) -> int:
         from boxship.cli.show.table import write
 
         query = {"checkpoint": call.text("checkpoint") or None, "checkpoint-dir": call.text("checkpoint-dir") or None}
-        failed = each(call, call.words, lambda name: call.engine.send("POST", path(target(name, "start"), query)).read())
+        failed = []
+
+        def begin(name: str) -> None:
+            try:
+                call.engine.send("POST", path(target(name, "start"), query)).read()
+            except ApiError:
+                failed.append(name)
+                raise
+
+        each(call, call.words, begin)
         if failed:
-            write(f"failed to start containers: {', '.join(call.words)}\n" if len(call.words) == 1 else "", 2)
-        return failed
+            write(f"Error: failed to start containers: {', '.join(failed)}\n", 2)
+        return 1 if failed else 0
     if len(call.words) > 1:
         raise BoxshipError("you cannot start and attach multiple containers at once")
     found = call.engine.send("GET", target(call.words[0], "json")).json()
@@ -285,11 +296,11 @@ def attach(call: Call) -> int:
     found = call.engine.send("GET", target(call.words[0], "json")).json()
     state = found["State"]
     if not state["Running"]:
-        raise BoxshipError("cannot attach to a stopped container, start it first")
+        raise BoxshipError("You cannot attach to a stopped container, start it first")
     if state["Paused"]:
-        raise BoxshipError("cannot attach to a paused container, unpause it first")
+        raise BoxshipError("You cannot attach to a paused container, unpause it first")
     if state["Restarting"]:
-        raise BoxshipError("cannot attach to a restarting container, wait until it is running")
+        raise BoxshipError("You cannot attach to a restarting container, wait until it is running")
     tty = bool(found["Config"]["Tty"])
     stdin = not call.on("no-stdin") and bool(found["Config"]["OpenStdin"])
     _need_terminal(call, tty=tty, stdin=stdin)

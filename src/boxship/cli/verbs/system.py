@@ -141,7 +141,7 @@ def info(call: Call) -> int:
     if failure:
         write(f"{failure}\n", 2)
         return 1
-    for warning in found.get("Warnings") or []:
+    for warning in [] if form else found.get("Warnings") or []:
         write(f"{warning}\n", 2)
     return 0
 
