@@ -10,7 +10,7 @@ import errno
 import os
 
 from boxship.kit.errors import BoxshipError
-from boxship.kit.loop import BROKEN, IN, OUT
+from boxship.kit.loop import BROKEN, IN, OUT, Later
 from boxship.shim.stdio import append_to, fifo_path, is_fifo, split_uri
 
 TYPE_CHECKING = False
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from boxship.shim.logger import Logger
 
 _READ = 32768
+_DRAIN_S = 10.0
+_LOOK_S = 0.05
 _TIOCSWINSZ = 0x5414
 _TIOCGPTPEER = 0x5441  # Linux ≥ 4.13
 
@@ -239,6 +241,23 @@ class Console:
         if self._peer >= 0:
             os.close(self._peer)
             self._peer = -1
+
+    def drained(self) -> Later:
+        """Done when what was written is where the client can read it, or in some seconds."""
+        later = Later()
+        deadline = self._loop.after(_DRAIN_S, later.set)
+        later.then(lambda done: deadline.cancel())
+
+        def look() -> None:
+            if self._master >= 0 and not self._to_sink:
+                self._master_ready(IN)
+            if not self._to_sink:
+                later.set()
+            elif not later.done:
+                self._loop.after(_LOOK_S, look)
+
+        look()
+        return later
 
     def _remove_socket(self) -> None:
         if self._folder >= 0:

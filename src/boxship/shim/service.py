@@ -174,7 +174,7 @@ class TaskService:
             if process.terminal:
                 process.io = Console(self._loop, container.bundle, f"{process.exec_id or 'init'}.pty", logger)
             else:
-                process.io = Stdio(logger, (container.options.io_uid, container.options.io_gid))
+                process.io = Stdio(self._loop, logger, (container.options.io_uid, container.options.io_gid))
             process.io.open(stdin, stdout, stderr)
         except BaseException:
             if process.io is None and logger is not None:
@@ -362,6 +362,8 @@ class TaskService:
             if process is container.init:
                 yield from self._delete_container(container)
             else:
+                if process.io is not None:
+                    yield process.io.drained()
                 process.close()
                 container.execs.pop(process.exec_id, None)
         finally:
@@ -384,6 +386,8 @@ class TaskService:
             if init.running:
                 yield init.ended  # it was never started, and has just been killed
         failpoint.hit("shim.delete.gone")
+        if init.io is not None and init.started:
+            yield init.io.drained()
         for process in container.execs.values():
             process.close()
         init.close()
@@ -545,10 +549,13 @@ class TaskService:
         return response
 
     def pids(self, request: Any) -> Step:
-        """All processes of the container; the added ones by name."""
+        """All processes of the container; the added ones by name. After the end, until its deletion, the first one: containerd 2
+        takes a shim without processes for a leftover when it is started again, and the exit with it."""
         from boxship.oci import text
 
         container = self._container(request.id)
+        if container.init.ended.done:
+            return pb.task.PidsResponse(processes=[pb.types.ProcessInfo(pid=container.init.pid)])
         output = yield from self._children.carry_out(container.runtime.ps(container.id))
         found = text.loads(output, "ps")
         names = {process.pid: name for name, process in container.execs.items()}

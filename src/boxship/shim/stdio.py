@@ -4,10 +4,10 @@ Runs in: the shim.
 Spec: containerd's runtime v2, "IO": no scheme or `fifo` a named pipe made by the client, `file` a file that is appended to,
 `binary` a program that is given the streams (`boxship.shim.logger`); nothing named is /dev/null.
 
-The process holds the client's own FIFO, not a pipe that the shim would have to copy from. The shim keeps the other ends, so
-that nothing is lost and nobody gets SIGPIPE while the client is away: what is written then waits in the FIFO until somebody
-reads it, up to the task's deletion, also when the process is over; a reader sees the end of file as soon as no process of the
-container can write any more.
+Between a FIFO and the process there is a pipe, as with containerd's own shim: the FIFO is a file of the host, which is nothing
+for the process to see, and which criu could not find again. The shim keeps the FIFO's other end, so that nothing is lost and
+nobody gets SIGPIPE while the client is away: what is written then waits until somebody reads it, up to the task's deletion, also
+when the process is over; a reader sees the end of file as soon as no process of the container can write any more.
 
 Not here: terminals (`boxship.shim.console`).
 """
@@ -18,10 +18,16 @@ import os
 import stat
 
 from boxship.kit.errors import InvalidArgument, NotFound, Unsupported
+from boxship.kit.loop import Later
+from boxship.shim.copying import Copy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from boxship.kit.loop import Loop
     from boxship.shim.logger import Logger
+
+_DRAIN_S = 10.0
+_LOOK_S = 0.05
 
 
 def split_uri(uri: str) -> tuple[str, str, str]:
@@ -47,17 +53,21 @@ class Stdio:
         logger: the program that takes the output, or None.
     """
 
-    def __init__(self, logger: Logger | None = None, owner: tuple[int, int] = (0, 0)) -> None:
+    def __init__(self, loop: Loop, logger: Logger | None = None, owner: tuple[int, int] = (0, 0)) -> None:
         """`owner`: uid and gid for what is made here, where the container's root is another user."""
         self.fds: list[int] = []
         self.logger = logger
+        self._loop = loop
         self._kept: list[int] = []
         self._stdin_writer = -1
+        self._input: Copy | None = None
+        self._outputs: list[Copy] = []
+        self._drained: Later | None = None
         self._owner = owner
 
     def open(self, stdin: str, stdout: str, stderr: str) -> None:
         """Raises NotFound, InvalidArgument, Unsupported, OSError; `close` then, too."""
-        self.fds.append(self._input(stdin))
+        self.fds.append(self._open_input(stdin))
         if self.logger is not None:
             self.fds += [os.dup(self.logger.stdout), os.dup(self.logger.stderr)]
             self.logger.handed_over()
@@ -65,25 +75,29 @@ class Stdio:
             self.fds.append(append_to(split_uri(stdout)[1]))
             self.fds.append(os.dup(self.fds[1]))
         else:
-            self.fds += [self._output(stdout), self._output(stderr)]
-        if self._owner != (0, 0):
-            for fd in self.fds:
-                if stat.S_ISFIFO(os.fstat(fd).st_mode):
-                    os.fchown(fd, *self._owner)
+            self.fds.append(self._open_output(stdout))
+            self.fds.append(self._open_output(stderr))
 
-    def _input(self, uri: str) -> int:
+    def _pipe(self) -> tuple[int, int]:
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        if self._owner != (0, 0):
+            os.fchown(reader, *self._owner)
+        return reader, writer
+
+    def _open_input(self, uri: str) -> int:
         path = fifo_path(uri)
         if not path:
             return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         if not is_fifo(path):
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fifo = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         # The client may come and go: only CloseIO lets the process read an end of file.
         self._stdin_writer = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        os.set_blocking(reader, True)
+        reader, writer = self._pipe()
+        self._input = Copy(self._loop, fifo, writer, self.close_stdin)
         return reader
 
-    def _output(self, uri: str) -> int:
+    def _open_output(self, uri: str) -> int:
         path = fifo_path(uri)
         if not path:
             return os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
@@ -91,8 +105,9 @@ class Stdio:
             return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         # A reader first: then opening it for writing waits for nobody.
         self._kept.append(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
-        writer = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        os.set_blocking(writer, True)
+        fifo = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        reader, writer = self._pipe()
+        self._outputs.append(Copy(self._loop, reader, fifo, self._look_drained))
         return writer
 
     def handed_over(self) -> None:
@@ -108,13 +123,41 @@ class Stdio:
             self._stdin_writer = -1
 
     def process_ended(self) -> None:
-        """Nothing to do: others may hold the streams, and the client may still read."""
+        """Nobody reads the input any more; the output may still be others', and the client may still read."""
+        if self._input is not None:
+            self._input.close()
         self.close_stdin()
+
+    def drained(self) -> Later:
+        """Done when what was written is where the client can read it, or in some seconds."""
+        self._drained = later = Later()
+        timer = self._loop.after(_DRAIN_S, later.set)
+        later.then(lambda done: timer.cancel())
+        self._look_drained()
+        if not later.done:
+            self._again(later)
+        return later
+
+    def _again(self, later: Later) -> None:
+        if not later.done:
+            self._look_drained()
+            self._loop.after(_LOOK_S, lambda: self._again(later))
+
+    def _look_drained(self) -> None:
+        if self._drained is None:
+            return
+        moved = [copy.move() for copy in self._outputs]
+        if all(moved):
+            self._drained.set()
 
     def close(self) -> None:
         """Release everything; the logger is told to end."""
         self.handed_over()
-        self.close_stdin()
+        self.process_ended()
+        self._drained = None
+        for copy in self._outputs:
+            copy.move()
+            copy.close()
         for fd in self._kept:
             os.close(fd)
         self._kept = []

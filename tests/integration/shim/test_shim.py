@@ -298,6 +298,33 @@ def test_large_output_waits_for_a_slow_reader(daemon: Daemon) -> None:
     assert task.wait() == 0
 
 
+def test_delete_waits_for_what_was_written(daemon: Daemon) -> None:
+    """More than the FIFO holds, from a process that is over before anybody reads."""
+    task = daemon.task("delete", "sh", "-c", "yes 0123456789abcde | head -c 100000")
+    task.fifos("stdout")
+    task.run()
+    assert task.wait() == 0
+    assert task.client is not None
+    stream = task.client.begin("containerd.task.v2.Task", "Delete", pb.task.DeleteRequest(id=task.id))
+    time.sleep(0.2)
+    assert len(task.read("stdout")) == 100000
+    assert task.client.finish(stream, pb.task.DeleteResponse).exit_status == 0
+
+
+def test_a_process_that_closes_its_input_does_not_stop_the_writer(daemon: Daemon) -> None:
+    task = daemon.task("closed", "sh", "-c", "exec <&-; sleep 1000")
+    task.fifos("stdin")
+    task.run()
+    time.sleep(0.1)
+    os.write(task.fds["stdin"], b"x" * 1000)
+    time.sleep(0.1)
+    os.set_blocking(task.fds["stdin"], False)
+    assert task.call("State").status == RUNNING
+    busy = Path(f"/proc/{task.shim_pid()}/stat").read_text().split()[13:15]
+    time.sleep(0.3)
+    assert Path(f"/proc/{task.shim_pid()}/stat").read_text().split()[13:15] == busy, "the shim does not spin"
+
+
 def test_a_terminal_with_a_size(daemon: Daemon) -> None:
     task = daemon.task("tty", "sh", "-c", "read x; stty size; tty; exit 4", terminal=True)
     task.fifos("stdin", "stdout")
