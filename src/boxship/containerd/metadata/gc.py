@@ -314,6 +314,9 @@ class Scheduler:
         except (BoxshipError, OSError, sqlite3.Error) as failure:
             log.error("garbage collection failed: %s", failure)
             error = failure
+        except Exception as failure:  # a mistake must not end the collecting, nor leave callers waiting
+            log.exception("garbage collection failed")
+            error = failure
         self._waiting, kept = waiting, self._waiting
         self._answer(error)
         self._waiting = kept
