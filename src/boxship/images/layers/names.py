@@ -24,6 +24,8 @@ def clean(name: bytes, what: str = "name") -> bytes:
 
     Raises InvalidArgument for one that leads out of the root by `..`, and for what no file system can hold.
     """
+    if name[:2] == b"./":  # as `tar .` writes them all
+        name = name[2:]
     if b"/." not in name and b"//" not in name and name[:1] not in b"./":
         path = name[:-1] if name.endswith(b"/") else name
     else:

@@ -290,10 +290,18 @@ class _Reader:
     def _check(self, block: bytes, checksum: bytes) -> None:
         # adler32 with a start of 0 holds the sum of the bytes in its low half, exact below 65,521: that of 256 bytes always is.
         total = (adler32(block[:256], 0) & 0xFFFF) + (adler32(block[256:], 0) & 0xFFFF) - sum(checksum) + 256
-        wanted = self._number(checksum, "checksum")
-        # Some old writers took the bytes for signed ones.
-        if total != wanted and total - 256 * sum(1 for i, c in enumerate(block) if c > 127 and not 148 <= i < 156) != wanted:
-            raise self._error("broken header (wrong checksum)")
+        try:
+            wanted = int(checksum[:6], 8)
+        except ValueError:
+            try:
+                wanted = self._number(checksum, "checksum")
+            except TarError:
+                raise self._error("broken header (no checksum)") from None
+        if total != wanted:
+            # Some old writers took the bytes for signed ones.
+            negative = sum(1 for index, byte in enumerate(block) if byte > 127 and not 148 <= index < 156)
+            if total - 256 * negative != wanted and total != self._number(checksum, "checksum"):
+                raise self._error("broken header (wrong checksum)")
 
     def _member(self, block: bytes, fields: tuple[bytes, ...], long_name: bytes, long_link: bytes) -> Member:
         name, mode, uid, gid, size, mtime, _, flag, link, magic, _, _, major, minor, prefix = fields
@@ -301,7 +309,9 @@ class _Reader:
         if kind is None:
             raise self._error(f"a member of the unknown type {flag.decode('latin-1')!r}", name.partition(b"\0")[0])
         member = Member()
-        name = name.partition(b"\0")[0]
+        name = name.rstrip(b"\0")
+        if b"\0" in name:
+            name = name.partition(b"\0")[0]
         if prefix[0] and magic == b"ustar\x0000":
             if block[508:512] == b"tar\0":  # star keeps access and change times behind a shorter prefix
                 prefix = prefix[:131]
@@ -323,8 +333,16 @@ class _Reader:
             member.mode = numbers[mode] & 0o7777
             member.uid = numbers[uid]
             member.gid = numbers[gid]
-        member.size = member.stored = self._number(size, "size")
-        member.mtime = self._number(mtime, "mtime", signed=True) * 1_000_000_000
+        digits = size[:11]
+        try:
+            number = int(digits, 8) if digits.isdigit() and size[11] in b" \0" else self._number(size, "size")
+        except ValueError:
+            raise self._error(f"no number for the size: {size!r}") from None
+        member.size = member.stored = number
+        try:
+            member.mtime = numbers[mtime]
+        except KeyError:
+            member.mtime = numbers[mtime] = self._number(mtime, "mtime", signed=True) * 1_000_000_000
         member.offset = self._source.offset
         member.sparse = None
         member.xattrs = _NO_RECORDS
