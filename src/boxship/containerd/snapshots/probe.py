@@ -42,7 +42,14 @@ def _below(root: str, name: str) -> str:
 def overlay_works(root: str, *, userxattr: bool = False) -> bool:
     """Whether overlayfs takes directories below `root`."""
     with tempfile.TemporaryDirectory(prefix="probe-", dir=root) as place:
-        os.mkdir(os.path.join(place, "lower"))
+        lower = os.path.join(place, "lower")
+        os.mkdir(lower)
+        if not userxattr:
+            # Root of a user namespace can mount an overlay without that option, and then sees no opaque directory.
+            try:
+                os.setxattr(lower, "trusted.overlay.opaque", b"n")
+            except OSError:
+                return False
         return _overlay(place, ["userxattr"] if userxattr else [])
 
 
