@@ -12,8 +12,8 @@ import pytest
 
 from boxship.api.containerd import pb
 from boxship.api.containerd.call import Call
-from boxship.kit.errors import NotFound
-from support.metadata import CALL, Daemon
+from boxship.kit.errors import NotFound, ResourceExhausted
+from support.metadata import CALL, Daemon, container
 
 LOAD = Path(__file__).parent.parent / "support" / "metadata_load.py"
 POINTS = ["content-begin", "content-write", "content-commit", "content-committed", "metadata-snapshot-made",
@@ -131,3 +131,50 @@ def test_a_half_written_ingest_is_resumed_by_the_next_process(tmp_path):
 
     assert said[0] == ["ready"]
     asyncio.run(look())
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Six mebibytes."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "none", tmp_path], check=True)
+    yield tmp_path
+    subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_full_disk_is_an_error_and_everything_goes_on_when_there_is_room(small_disk):
+    root = {"containerd.io/gc.root": "1"}
+
+    async def fill() -> None:
+        daemon = Daemon(str(small_disk))
+        try:
+            daemon.collector.reconcile()
+            kept = daemon.put(b"k" * 100_000, labels=root)
+            store = daemon.content.store(CALL)
+            writer = store.writer("large", 10 << 20)
+            with pytest.raises(ResourceExhausted, match="no space left on device"):
+                for _ in range(100):
+                    writer.write(b"x" * 100_000)
+            assert writer.offset == store.status("large").offset
+            full = 0
+            for number in range(200):
+                try:
+                    await daemon.containers.Create(container(f"c{number}", labels={"l": "x" * 4000}), CALL)
+                except ResourceExhausted:
+                    full += 1
+            assert full > 0
+            assert daemon.metadata.check() == []
+            with pytest.raises(ResourceExhausted):
+                daemon.put(b"y" * 500_000)
+            writer.close()
+            store.abort("large")
+            digest = daemon.put(b"y" * 500_000, labels=root)
+            await daemon.containers.Create(container("again"), CALL)
+            daemon.collector.collect()
+            assert daemon.blobs() == {kept, digest}
+            assert daemon.metadata.check() == []
+        finally:
+            await daemon.metadata.close()
+
+    asyncio.run(fill())

@@ -59,6 +59,13 @@ async def remove(daemon: Daemon, chance: random.Random, number: int) -> None:
         say("gone", name)
 
 
+async def discard(daemon: Daemon, chance: random.Random, number: int) -> None:
+    key = f"t{number}"
+    labels = {"containerd.io/gc.root": "1"}
+    await daemon.snapshots.Prepare(pb.snapshots.PrepareSnapshotRequest(snapshotter="native", key=key, labels=labels), CALL)
+    await daemon.snapshots.Remove(pb.snapshots.RemoveSnapshotRequest(snapshotter="native", key=key), CALL)
+
+
 async def leave(daemon: Daemon, chance: random.Random, number: int) -> None:
     writer = daemon.content.store(CALL).writer(f"half-{number}", 100)
     writer.write(chance.randbytes(50))
@@ -72,7 +79,7 @@ async def main(root: str, seed: int) -> None:
     failpoint.load()
     say("ready")
     for number in range(seed * 1000, seed * 1000 + 400):
-        await chance.choice([bring, bring, unpack, remove, leave])(daemon, chance, number)
+        await chance.choice([bring, bring, unpack, remove, discard, leave])(daemon, chance, number)
 
 
 if __name__ == "__main__":

@@ -179,13 +179,16 @@ class NamespacedContent:
 
     def abort(self, ref: str) -> None:
         """Raises NotFound."""
-        with self._database.writing() as rows:
-            row = rows.execute("SELECT key FROM ingests WHERE namespace=? AND ref=?", (self._namespace, ref)).fetchone()
+        with self._database.lock:
+            with self._database.reading() as rows:
+                row = rows.execute("SELECT key FROM ingests WHERE namespace=? AND ref=?", (self._namespace, ref)).fetchone()
             if row is None:
                 raise NotFound(f"reference {ref}: not found")
-            self._forget(rows, ref)
+            # The file first: on a full disk this makes the room that the database needs.
             with contextlib.suppress(NotFound):
                 self._files.abort(row[0])
+            with self._database.writing() as rows:
+                self._forget(rows, ref)
 
     def _has(self, rows: sqlite3.Connection, digest: str) -> bool:
         query = "SELECT 1 FROM blobs WHERE namespace=? AND digest=?"
