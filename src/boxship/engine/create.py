@@ -248,6 +248,11 @@ async def remove(core: Core, container: Container, *, with_volumes: bool) -> Non
         container.state.dead = True
         core.save(container)
         raise
+    forget(core, container, with_volumes=with_volumes)
+
+
+def forget(core: Core, container: Container, *, with_volumes: bool) -> None:
+    """Forget a container, and its anonymous volumes when nobody else has them. Who waits for the removal learns of it."""
     core.forget(container)
     if container.streams is not None:
         container.streams.close()  # somebody attached, and it was never started

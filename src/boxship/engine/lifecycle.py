@@ -166,16 +166,10 @@ class Lifecycle:
             if not state.running or state.restarting or (pid and state.pid != pid):
                 return  # told twice: by the event and by the look at the daemon's start
             # At the daemon's start the event may come before the look: what waits in the FIFOs has to be read all the same.
-            await self._reopen(container).drain(_DRAIN_S)
-            try:
-                await core.containerd.tasks.Delete(tasks.DeleteTaskRequest(container_id=container.id), core.call)
-            except NotFound:
-                pass
-            except BoxshipError as error:
-                state.error = str(error)
-            if container.streams is not None:
-                container.streams.close()
-                container.streams = None
+            streams = self._reopen(container)
+            await streams.drain(_DRAIN_S)
+            streams.close()
+            container.streams = None
             self._close_log(container)
             release_shared_memory(container)
             self.checker.end(container)
@@ -191,13 +185,25 @@ class Lifecycle:
             container.wake(container.next_exit)
             for each in container.execs.values():
                 each.gone()
+            # Whoever waits has the answer. What the container had is taken down after that, before anything else is done to it.
+            removed = container.host["AutoRemove"] and not again and not state.removing
+            if removed:
+                create.forget(core, container, with_volumes=True)
+            await self._end_task(container)
+            if removed:
+                await create.discard(core, container)
             if again:
                 container.restart_task = self.spawn(self._restart_later(container, ran / 1e9))
-            elif container.host["AutoRemove"]:
-                try:
-                    await create.remove(core, container, with_volumes=True)
-                except FailedPrecondition:
-                    pass  # somebody else removes it
+
+    async def _end_task(self, container: Container) -> None:
+        """Let containerd forget a task that is over."""
+        try:
+            await self._core.containerd.tasks.Delete(tasks.DeleteTaskRequest(container_id=container.id), self._core.call)
+        except NotFound:
+            pass
+        except BoxshipError as error:
+            container.state.error = str(error)
+            self._core.save(container)
 
     @staticmethod
     def _restarts(container: Container, code: int) -> bool:
@@ -444,6 +450,9 @@ class Lifecycle:
                 async with container.lock:
                     state.removing = False
                     await create.remove(core, container, with_volumes=container.host["AutoRemove"])
+            elif (task is not None and task.status == types.STOPPED and not state.running
+                  and _time(task.exited_at) == state.finished_at):
+                await self._end_task(container)  # the daemon was killed between the answer and this
             elif task is not None and task.status in (types.RUNNING, types.PAUSED, types.PAUSING, types.STOPPED):
                 async with container.lock:
                     self._take_up(container, task)
@@ -492,6 +501,14 @@ class Lifecycle:
         request = containers.ListContainersRequest(filters=[f'labels."{LABEL}"=={core.store.id}'])
         for each in (await core.containerd.containers.List(request, core.call)).containers:
             if each.id not in core.by_id:
+                try:
+                    await core.containerd.tasks.Kill(tasks.KillRequest(container_id=each.id, signal=9, all=True), core.call)
+                except BoxshipError:
+                    pass  # it is over, as nearly always
+                try:
+                    await core.containerd.tasks.Delete(tasks.DeleteTaskRequest(container_id=each.id), core.call)
+                except BoxshipError:
+                    pass  # there was none
                 await create.discard(core, Container({
                     "id": each.id, "name": "", "created": "", "config": {}, "host": {}, "path": "", "args": [], "image_id": "",
                     "image_name": "", "snapshotter": each.snapshotter, "mounts": []}, f"{core.directory}/containers/{each.id}"))

@@ -8,6 +8,7 @@ Spec: Docker Engine API (Volume, Mount, MountPoint); `--volume` and `--mount` of
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import secrets
@@ -33,6 +34,9 @@ class Volumes:
         self._directory = directory
         os.makedirs(directory, mode=0o711, exist_ok=True)
         self._records = {record["Name"]: record for record in store.volumes()}
+        for name in os.listdir(directory):
+            if name.startswith(".removed-"):
+                self._sweep(f"{directory}/{name}")
 
     def all(self) -> list[dict[str, Any]]:
         """As the API shows them."""
@@ -98,7 +102,19 @@ class Volumes:
         self.get(name)
         del self._records[name]
         self._store.delete_volume(name)
-        shutil.rmtree(f"{self._directory}/{name}", ignore_errors=True)
+        # A new volume may take the name at once: the files are put aside, and removed while nobody waits.
+        aside = f"{self._directory}/.removed-{secrets.token_hex(8)}"
+        try:
+            os.rename(f"{self._directory}/{name}", aside)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise from_os_error(error, f"remove {name}") from None
+        self._sweep(aside)
+
+    @staticmethod
+    def _sweep(folder: str) -> None:
+        asyncio.get_running_loop().run_in_executor(None, lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def size_of(path: str) -> int:
