@@ -343,13 +343,27 @@ class Template:
     """A template that has been read. Raises InvalidArgument for what is not one."""
 
     def __init__(self, source: str) -> None:
+        self.source = source
         self.nodes, _, _ = _parse(_split(source), "")
 
     def render(self, value: object) -> str:
         """The text for one value. Raises InvalidArgument as Go's execution errors are worded."""
         out: list[str] = []
-        _Execution(out, value).run(self.nodes, value)
+        try:
+            _Execution(out, value).run(self.nodes, value)
+        except InvalidArgument as error:
+            raise InvalidArgument(self._placed(str(error))) from None
         return "".join(out)
+
+    def _placed(self, message: str) -> str:
+        """The message with line and column of the field that it names, counted as Go does."""
+        path = message.partition("<")[2].partition(">")[0]
+        found = self.source.find(path) if path.startswith(".") else -1
+        if found < 0 or ":1:2:" not in message:
+            return message
+        at = found + path.rindex(".")
+        before = self.source[:at]
+        return message.replace(":1:2:", f":{before.count(chr(10)) + 1}:{at - before.rfind(chr(10)) - 1}:", 1)
 
     def fields(self) -> set[str]:
         """The names of fields that the template mentions, for a caller that must fetch what they need."""
@@ -507,6 +521,8 @@ def _field(value: Any, name: str, path: str) -> Any:
         try:
             found = value[name]
         except KeyError:
+            if name in POINTERS and not isinstance(value, Row):
+                return Nothing("<nil>")  # the engine leaves out what is not set
             if isinstance(value, Row):
                 raise InvalidArgument(f'template: :1:2: executing "" at <{path}>: can\'t evaluate field {name}') from None
             raise InvalidArgument(
@@ -635,7 +651,7 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "upper": lambda value: show(value).upper(),
     "lower": lambda value: show(value).lower(),
     "title": lambda value: show(value).title(),
-    "split": lambda value, separator: show(value).split(separator),
+    "split": lambda value, separator: show(value).split(separator) if separator else list(show(value)),
     "pad": _pad,
     "truncate": lambda value, width: show(value)[:width],
     "println": _println,

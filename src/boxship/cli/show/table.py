@@ -47,15 +47,20 @@ class Listing:
         format: what --format says; "" is the default.
         default: names of the default table's columns.
         headings: column headings by field.
+
+    `quiet` names the only field that --quiet shows; `go_type` is what docker calls such a line in its errors.
     """
 
-    def __init__(self, form: str, default: Sequence[str], headings: Mapping[str, str], *, quiet: str = "") -> None:
+    def __init__(
+        self, form: str, default: Sequence[str], headings: Mapping[str, str], *, quiet: str = "", go_type: str = ""
+    ) -> None:
         form = form.replace("\\t", "\t").replace("\\n", "\n") if form else ""
         self.names: Sequence[str] = ()
         self.source = ""
         self.json = form == "json"
         self.table = False
         self.headings = headings
+        self._type = f" in type {go_type}" if go_type else ""
         if quiet and (form in ("", "table", "raw") or form.startswith("table ")):
             self.source, self.names = "", (quiet,)
         elif form in ("", "table"):
@@ -93,7 +98,8 @@ class Listing:
         try:
             lines = [self._template.render(Row(row)) for row in rows]
         except InvalidArgument as error:
-            raise InvalidArgument(f"failed to execute template: {error}") from None
+            more = self._type if "evaluate field" in str(error) else ""
+            raise InvalidArgument(f"failed to execute template: {error}{more}") from None
         if not self.table:
             return "".join(f"{line}\n" for line in lines)
         head = self._template.render(

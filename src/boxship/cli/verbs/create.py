@@ -350,6 +350,8 @@ def mount(text: str) -> dict[str, Any]:
             options["tmpfs"]["Mode"] = int(value, 8)
         else:
             raise refuse(f"unexpected key '{name}' in '{field}'")
+    if "VolumeOptions" in found:
+        found["VolumeOptions"].setdefault("DriverConfig", {})
     if not found.get("Target"):
         raise refuse("target is required")
     return found
@@ -379,6 +381,13 @@ def _csv(text: str) -> list[str]:
     return [*fields, field]
 
 
+def _capabilities(words: Iterable[str]) -> list[str] | None:
+    names = {word.strip().upper() for word in words}
+    if "ALL" in names:
+        return ["ALL"]
+    return sorted(name if name.startswith("CAP_") else f"CAP_{name}" for name in names) or None
+
+
 def _device(text: str) -> dict[str, str]:
     parts = text.split(":")
     permissions = "rwm"
@@ -389,7 +398,7 @@ def _device(text: str) -> dict[str, str]:
     return {"PathOnHost": parts[0], "PathInContainer": parts[-1], "CgroupPermissions": permissions}
 
 
-def _ulimit(text: str) -> dict[str, object]:
+def _ulimit(text: str) -> dict[str, Any]:
     name, equals, value = text.partition("=")
     soft, _, hard = value.partition(":")
     if not equals:
@@ -433,8 +442,11 @@ def _security(words: Iterable[str]) -> list[str]:
     return found
 
 
+_RATES = ("ReadBps", "WriteBps", "ReadIOps", "WriteIOps")
+
+
 def _throttles(call: Call) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {key: [] for key in ("BlkioWeightDevice", *(f"BlkioDevice{what}" for what in _RATES))}
     for flag, key, parse in (
         ("device-read-bps", "BlkioDeviceReadBps", values.size),
         ("device-write-bps", "BlkioDeviceWriteBps", values.size),
@@ -445,12 +457,12 @@ def _throttles(call: Call) -> dict[str, Any]:
             device, _, rate = word.partition(":")
             if not device.startswith("/dev/") or not rate:
                 raise f.UsageError(f'invalid argument "{word}" for "--{flag}" flag: bad format: {word}')
-            found.setdefault(key, []).append({"Path": device, "Rate": parse(rate)})
+            found[key].append({"Path": device, "Rate": parse(rate)})
     for word in call.all("blkio-weight-device"):
         device, _, weight = word.partition(":")
         if not device.startswith("/dev/") or not weight.isdigit():
             raise f.UsageError(f'invalid argument "{word}" for "--blkio-weight-device" flag: bad format: {word}')
-        found.setdefault("BlkioWeightDevice", []).append({"Path": device, "Weight": int(weight)})
+        found["BlkioWeightDevice"].append({"Path": device, "Weight": int(weight)})
     return found
 
 
@@ -466,8 +478,8 @@ def _host(call: Call, binds: list[str], bindings: dict[str, Any]) -> dict[str, A
         "PortBindings": bindings,
         "RestartPolicy": {"Name": "no", "MaximumRetryCount": 0},
         "AutoRemove": call.on("rm"),
-        "CapAdd": call.all("cap-add") or None,
-        "CapDrop": call.all("cap-drop") or None,
+        "CapAdd": _capabilities(call.all("cap-add")),
+        "CapDrop": _capabilities(call.all("cap-drop")),
         "Dns": call.all("dns"),
         "DnsOptions": call.all("dns-option") + call.all("dns-opt"),
         "DnsSearch": call.all("dns-search"),
@@ -515,8 +527,8 @@ def _host(call: Call, binds: list[str], bindings: dict[str, Any]) -> dict[str, A
         found["OomKillDisable"] = True
     if "init" in call.parsed.given:
         found["Init"] = call.on("init")
-    if call.all("ulimit"):
-        found["Ulimits"] = [_ulimit(word) for word in call.all("ulimit")]
+    limits = {limit["Name"]: limit for limit in map(_ulimit, call.all("ulimit"))}
+    found["Ulimits"] = [limits[name] for name in sorted(limits)]
     if call.all("mount"):
         found["Mounts"] = [mount(word) for word in call.all("mount")]
     if call.all("gpus"):

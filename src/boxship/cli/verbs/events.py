@@ -56,6 +56,9 @@ def _events(call: Call) -> int:
     for raw in call.engine.send("GET", path("/events", query)).lines():
         event = text.loads(raw, "the engine's answer")
         assert isinstance(event, dict)
+        attributes = (event.get("Actor") or {}).get("Attributes")
+        if attributes:
+            event["Actor"]["Attributes"] = {key: attributes[key] for key in sorted(attributes)}
         if form == "json":
             write(text.dumps(event) + "\n")
         else:

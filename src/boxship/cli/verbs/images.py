@@ -98,16 +98,13 @@ def _images(call: Call) -> int:
     names = ["Repository", "Tag", "ID", "CreatedSince", "Size"]
     if call.on("digests"):
         names.insert(2, "Digest")
-    listing = Listing(call.format(), names, HEADINGS, quiet="ID" if call.on("quiet") else "")
+    listing = Listing(call.format(), names, HEADINGS, quiet="ID" if call.on("quiet") else "", go_type="*formatter.imageContext")
     filters = call.filters()
     if call.words:
         filters.setdefault("reference", {})[call.words[0]] = True
     found = call.engine.send("GET", path("/images/json", {"all": call.on("all"), "filters": filters})).json()
     digests = call.on("digests") or listing.needs("Digest")
     lines = [line for image in found for line in rows(image, full=call.on("no-trunc"), digests=digests)]
-    if listing.names == ("ID",):
-        # One line for each image, however many names it has.
-        lines = list({str(line["ID"]): line for line in lines}.values())
     listing.show(lines)
     return 0
 

@@ -127,7 +127,9 @@ def container(c: dict[str, Any], *, full: bool = False) -> dict[str, object]:
 
 def _ps(call: Call) -> int:
     default = (*DEFAULT, "Size") if call.on("size") else DEFAULT
-    listing = Listing(call.format(), default, HEADINGS, quiet="ID" if call.on("quiet") else "")
+    listing = Listing(
+        call.format(), default, HEADINGS, quiet="ID" if call.on("quiet") else "", go_type="*formatter.ContainerContext"
+    )
     limit = call.number("last")
     query = {
         "all": call.on("all") or call.on("latest") or (limit or -1) > 0,
