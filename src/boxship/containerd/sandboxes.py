@@ -95,17 +95,19 @@ class Controller:
 
     async def Wait(self, request: Any, call: Call) -> Any:
         """Wait until the sandbox has ended, also by the death of its shim."""
-        shim = self._shim(request, call)
-        try:
-            answer = await shim.sandbox(
-                "WaitSandbox", messages.WaitSandboxRequest(sandbox_id=request.sandbox_id), messages.WaitSandboxResponse)
-        except Unavailable:
-            if self._shims.closing:
-                raise
-            answer = await asyncio.shield(shim.exit)
+        answer = await self._shims.unless_leaving(self._exit(self._shim(request, call)))
         self._exchange.publish(call.namespace, "/sandboxes/exit", pb.sandbox_events.SandboxExit(
             sandbox_id=request.sandbox_id, exit_status=answer.exit_status, exited_at=answer.exited_at))
         return answers.ControllerWaitResponse(exit_status=answer.exit_status, exited_at=answer.exited_at)
+
+    async def _exit(self, shim: Shim) -> Any:
+        request = messages.WaitSandboxRequest(sandbox_id=shim.bundle.id)
+        try:
+            return await shim.sandbox("WaitSandbox", request, messages.WaitSandboxResponse)
+        except Unavailable:
+            if self._shims.closing:
+                raise
+            return await asyncio.shield(shim.exit)
 
     async def Status(self, request: Any, call: Call) -> Any:
         """State of the sandbox; one whose shim is gone has exited."""

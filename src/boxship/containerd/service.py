@@ -121,6 +121,11 @@ async def open(  # noqa: A001 - as one opens a store
         await shims.close()
         await metadata.close()
 
+    def leave() -> None:
+        exchange.close()
+        shims.leave()
+
     services.on_close(close)
+    services.leave = leave
     services.running = lambda: len(shims.all(""))
     return services

@@ -207,8 +207,9 @@ class Daemon:
         await server.start()
 
         async def stop() -> None:
-            # Streams that never end by themselves would use the whole time of grace up: their sources are closed first.
-            await asyncio.gather(server.stop(GRACE_S), containerd.close())
+            # What never ends by itself would use the whole time of grace up.
+            containerd.leave()
+            await server.stop(GRACE_S)
 
         self._undo.append(stop)
         self._undo.append(lambda: _unlink(inner))

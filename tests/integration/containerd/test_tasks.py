@@ -15,7 +15,7 @@ from boxship.api.any import PROCESS
 from boxship.api.containerd import pb
 from boxship.api.containerd.call import Call
 from boxship.containerd.tasks import shims
-from boxship.kit.errors import AlreadyExists, BoxshipError, InvalidArgument, NotFound
+from boxship.kit.errors import AlreadyExists, BoxshipError, InvalidArgument, NotFound, Unavailable
 from support import image
 from support.tasks import Daemon, specification
 
@@ -226,6 +226,26 @@ def test_a_shim_that_is_killed_takes_its_container_with_it_and_the_exit_is_told(
     status, topics = run_on(loop, run())
     assert status == 137
     assert topics[-2:] == ["/tasks/exit", "/tasks/delete"]
+
+
+def test_who_waits_is_let_go_when_the_daemon_leaves(folder, rootfs, loop):
+    async def run():
+        async with Daemon(folder) as daemon:
+            daemon.record("c", spec_of(rootfs, "sleep", "1000"))
+            await daemon.tasks.Create(t.CreateTaskRequest(container_id="c"), CALL)
+            await daemon.tasks.Start(t.StartRequest(container_id="c"), CALL)
+            waiting = asyncio.ensure_future(wait_stopped(daemon, "c"))
+            await asyncio.sleep(0.05)
+            daemon.shims.leave()
+            with pytest.raises(Unavailable, match="stopping"):
+                await waiting
+            await daemon.tasks.Kill(t.KillRequest(container_id="c", signal=9), CALL)  # other calls still have their time
+            async with asyncio.timeout(10):
+                while (await daemon.tasks.Get(t.GetRequest(container_id="c"), CALL)).process.status != pb.types.STOPPED:
+                    await asyncio.sleep(0.02)
+            await daemon.tasks.Delete(t.DeleteTaskRequest(container_id="c"), CALL)
+
+    run_on(loop, run())
 
 
 def test_a_shim_that_is_slow_keeps_its_container(folder, rootfs, loop, monkeypatch):

@@ -110,6 +110,8 @@ class Containerd:
         for attribute in SERVICES:
             setattr(self, attribute, services.get(attribute) or Missing(descriptor_of(attribute).full_name))
         self._close = close
+        self.leave: Callable[[], None] = lambda: None
+        """Ends calls that would wait for ever, before the others get their time to end."""
         self.running: Callable[[], int] = lambda: 0
         """How many tasks live in this process's care; 0 for what is elsewhere."""
 

@@ -131,13 +131,16 @@ class Tasks:
     async def Wait(self, request: Any, call: Call) -> Any:
         """Wait until the process has ended. The exit is told also when the shim died meanwhile."""
         shim = self._task(request, call)
+        exited = await self._shims.unless_leaving(self._exit(shim, request))
+        return pb.tasks.WaitResponse(exit_status=exited.exit_status, exited_at=exited.exited_at)
+
+    async def _exit(self, shim: Shim, request: Any) -> Any:
         try:
-            exited = await shim.call("Wait", shim_pb.task.WaitRequest(id=request.container_id, exec_id=request.exec_id))
+            return await shim.call("Wait", shim_pb.task.WaitRequest(id=request.container_id, exec_id=request.exec_id))
         except Unavailable:
             if self._shims.closing:
                 raise
-            exited = await asyncio.shield(shim.exit)
-        return pb.tasks.WaitResponse(exit_status=exited.exit_status, exited_at=exited.exited_at)
+            return await asyncio.shield(shim.exit)
 
     async def Pause(self, request: Any, call: Call) -> Empty:
         """Freeze the container."""

@@ -152,6 +152,7 @@ class Shims:
         self._background: set[asyncio.Task[None]] = set()
         self.closing = False
         """Whether connections end because this daemon does."""
+        self._leaving = asyncio.Event()
 
     # --- what there is
 
@@ -400,6 +401,22 @@ class Shims:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
+
+    async def unless_leaving(self, waiting: Awaitable[Any]) -> Any:
+        """What `waiting`, which may take for ever, gives. Raises Unavailable when the daemon is about to end (`leave`)."""
+        work, leaving = asyncio.ensure_future(waiting), asyncio.ensure_future(self._leaving.wait())
+        try:
+            await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise Unavailable("the server is stopping")
+            return await work
+        finally:
+            work.cancel()
+            leaving.cancel()
+
+    def leave(self) -> None:
+        """End what waits for tasks; everything else goes on."""
+        self._leaving.set()
 
     async def close(self) -> None:
         """Let go of the shims, which live on; what is at its end is ended first."""
