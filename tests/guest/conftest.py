@@ -159,6 +159,8 @@ else:
         whole = False
         for data in lane.reports(item.nodeid):
             report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
+            if isinstance(report.longrepr, list):
+                report.longrepr = tuple(report.longrepr)  # where and why it was skipped: JSON knows no tuples
             whole = report.when == "teardown"
             yield report
         if not whole:
