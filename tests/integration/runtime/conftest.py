@@ -40,7 +40,7 @@ def eventually() -> Callable[[Callable[[], object]], object]:
     """Asks until the answer is true, and fails after some seconds."""
 
     def ask(question: Callable[[], object]) -> object:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while not (answer := question()):
             assert time.monotonic() < deadline, "it never came true"
             time.sleep(0.02)
