@@ -119,6 +119,13 @@ def has_pid_namespace(config: dict[str, object]) -> bool:
     return False
 
 
+def is_quick(config: dict[str, object]) -> bool:
+    """Whether starting and deleting it waits for nobody: neither for hooks nor for an agent that takes its system calls."""
+    linux = config.get("linux")
+    seccomp = linux.get("seccomp") if isinstance(linux, dict) else None
+    return not config.get("hooks") and not (isinstance(seccomp, dict) and seccomp.get("listenerPath"))
+
+
 def mount_rootfs(bundle: str, wanted: Iterable[Any]) -> None:
     """Mount what makes up the root file system, the first one first. Raises BoxshipError; then nothing stays mounted."""
     target = f"{bundle}/rootfs"

@@ -30,6 +30,7 @@ class Children:
         self._waiting: dict[int, Later] = {}
         self._strangers: dict[int, tuple[int, int]] = {}
         self._commands = 0
+        self._inline = 0
         inbox.on(_SIGCHLD, self._reap)
 
     def end(self, pid: int) -> Later:
@@ -42,6 +43,12 @@ class Children:
             else:
                 self._waiting[pid] = later
         return later
+
+    def ended(self, code: int) -> int:
+        """A number like a pid's, for what was carried out without a child and ended with an exit code."""
+        self._inline -= 1
+        self._strangers[self._inline] = code << 8, time.time_ns()
+        return self._inline
 
     def carry_out(self, command: Command) -> Generator[Later, object, bytes]:
         """A step: wait for the command. Returns what it printed; raises BoxshipError."""

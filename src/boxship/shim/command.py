@@ -232,8 +232,7 @@ def be_shim(listener: _socket.socket, birth: bytes, own_runtime: OwnRuntime) -> 
     environ = know["environ"]
     if b"BOXSHIP_FAILPOINT=" in environ:
         failpoint.load(unpack_environ(environ))
-    shim.run(listener, know["path"], log, know["namespace"], know["events"], know["publish"], own(own_runtime, environ),
-             programs(environ))
+    shim.run(listener, know["path"], log, know["namespace"], know["events"], know["publish"], own_runtime, environ)
 
 
 def bootstrap_params(given: bytes, id: str, namespace: str) -> Any | None:  # noqa: A002

@@ -15,6 +15,7 @@ from boxship.kit.files import read_all
 from boxship.kit.loop import Inbox, Loop
 from boxship.linux import _sys
 from boxship.shim.children import Children
+from boxship.shim.forks import inline, own, programs
 from boxship.shim.log import Log
 from boxship.shim.publisher import Publisher
 from boxship.shim.service import TaskService
@@ -23,7 +24,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import _socket
 
-    from boxship.api.oci_runtime.runtime import Carrier
+    from boxship.shim.forks import OwnRuntime
 
 _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
 _SIGTERM, _SIGINT, _SIGPIPE = 15, 2, 13
@@ -46,8 +47,8 @@ def set_title(title: str) -> None:
 
 
 def run(
-    listener: _socket.socket, path: str, log: Log, namespace: str, events: str, publish: tuple[str, str], own_runtime: Carrier,
-    programs: Carrier,
+    listener: _socket.socket, path: str, log: Log, namespace: str, events: str, publish: tuple[str, str],
+    own_runtime: OwnRuntime, environ: bytes,
 ) -> None:
     """Serve until containerd says that it is enough. `path` of the socket is removed then; the others as in their classes."""
     _sys.syscall(syscalls.PRCTL, _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -56,7 +57,8 @@ def run(
     inbox = Inbox(loop)
     children = Children(inbox)
     publisher = Publisher(loop, children, log, namespace, events, publish)
-    service = TaskService(loop, children, publisher, log, namespace, own_runtime, programs, loop.stop)
+    service = TaskService(loop, children, publisher, log, namespace, own(own_runtime, environ),
+                          inline(own_runtime, environ, children.ended), programs(environ), loop.stop)
     task = Service(TASK, service.find)
     server = Server(loop, listener, {TASK_V2: task, TASK_V3: task})
 

@@ -43,7 +43,9 @@ class Making:
         try:
             write_atomic(f"{bundle}/options.json", container.options.encode())
             write_atomic(f"{bundle}/runtime", container.options.binary.encode())
-            report["private_pids"] = bundles.has_pid_namespace(bundles.load_config(bundle))
+            config = bundles.load_config(bundle)
+            report["private_pids"] = bundles.has_pid_namespace(config)
+            report["quick"] = bundles.is_quick(config)
             if self._rootfs:
                 bundles.mount_rootfs(bundle, self._rootfs)
             failpoint.hit("shim.create.mounted")
@@ -78,6 +80,7 @@ class Making:
         if not data:
             raise BoxshipError("the process that made the container was killed")
         self._container.private_pids = report["private_pids"]
+        self._container.is_quick = report["quick"]
         if report.get("cgroup"):
             self._container.cgroup = Cgroup.decode(report["cgroup"])
 

@@ -68,6 +68,7 @@ class Container:
         starting: while `start` is under way: set when its answer is given.
         exit: the first process's end while it must not be told yet, (status, time).
         private_pids: whether all its processes die with the first.
+        is_quick: whether starting and deleting it waits for nobody.
         checkpoint: the folder that it is to be started from, or "".
     """
 
@@ -81,6 +82,7 @@ class Container:
         self.created = False
         self.paused = False
         self.private_pids = True
+        self.is_quick = False
         self.checkpoint = ""
         self.starting: Later | None = None
         self.exit: tuple[int, int] | None = None

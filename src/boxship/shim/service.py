@@ -61,15 +61,17 @@ class TaskService:
 
     def __init__(
         self, loop: Loop, children: Children, publisher: Publisher, log: Log, namespace: str, own_runtime: Carrier,
-        programs: Carrier, leave: Callable[[], object],
+        own_inline: Carrier, programs: Carrier, leave: Callable[[], object],
     ) -> None:
-        """`own_runtime` carries boxrun's commands out, `programs` others'; `leave` is called when the shim shall end."""
+        """`own_runtime` carries boxrun's commands out, `own_inline` those that take no time, `programs` other runtimes';
+        `leave` is called when the shim shall end."""
         self._loop = loop
         self._children = children
         self._publisher = publisher
         self._log = log
         self._namespace = namespace
         self._own_runtime = own_runtime
+        self._own_inline = own_inline
         self._programs = programs
         self._leave = leave
         self.containers: dict[str, Container] = {}
@@ -124,9 +126,7 @@ class TaskService:
             raise AlreadyExists(f"container {request.id}: already exists")
         options = Options.unpack(request.options if request.HasField("options") else None)
         bundle = request.bundle
-        runtime = Runtime(
-            options.binary, options.root_of(self._namespace), f"{bundle}/log.json", systemd_cgroup=options.systemd_cgroup,
-            carrier=self._carrier(options.binary), debug=self._log.is_debug)
+        runtime = self._runtime(options, bundle, self._own_runtime)
         init = Process("", request.terminal, (request.stdin, request.stdout, request.stderr))
         container = Container(request.id, bundle, options, runtime, init)
         container.checkpoint = request.checkpoint
@@ -155,8 +155,16 @@ class TaskService:
         failpoint.hit("shim.create.done")
         return pb.task.CreateTaskResponse(pid=init.pid)
 
-    def _carrier(self, binary: str) -> Carrier:
-        return self._programs if binary != bundles.OWN_RUNTIME else self._own_runtime
+    def _runtime(self, options: Options, bundle: str, own: Carrier) -> Runtime:
+        return Runtime(
+            options.binary, options.root_of(self._namespace), f"{bundle}/log.json", systemd_cgroup=options.systemd_cgroup,
+            carrier=own if options.binary == bundles.OWN_RUNTIME else self._programs, debug=self._log.is_debug)
+
+    def _quick(self, container: Container) -> Runtime:
+        """For commands that take no time with this container, unless it is one of a pod: the others shall not wait at all."""
+        if container.is_quick and len(self.containers) == 1 and self._is_direct(container):
+            return self._runtime(container.options, container.bundle, self._own_inline)
+        return container.runtime
 
     def _carried_out(self, command: Any, what: str) -> Step:
         try:
@@ -232,7 +240,7 @@ class TaskService:
             if container.checkpoint:
                 yield from self._restore(container)
             else:
-                command = container.runtime.start(container.id)
+                command = self._quick(container).start(container.id)
                 yield from self._carried_out(command, "OCI runtime start failed")
             container.init.started = True
             failpoint.hit("shim.start.done")
@@ -377,7 +385,7 @@ class TaskService:
         failpoint.hit("shim.delete.begin")
         init = container.init
         if init.pid:
-            command = container.runtime.delete(container.id, force=not init.started)
+            command = (self._quick(container) if init.started else container.runtime).delete(container.id, force=not init.started)
             try:
                 yield from self._carried_out(command, "failed to delete task")
             except BoxshipError as error:
