@@ -69,7 +69,7 @@ def check(root: Path) -> int:
     return count
 
 
-@pytest.mark.parametrize("what", ["pull", "load"])
+@pytest.mark.parametrize("what", ["pull-to-continue", "load"])
 def test_killed_at_random_moments(registry: Registry, tmp_path: Path, what: str) -> None:
     source = f"{registry.address}/lib/app"
     blobs = len(LAYERS) + 2

@@ -28,10 +28,10 @@ class FileStore(ContentStore):
         self.info(digest)
 
 
-async def pull(root, name):
+async def pull(root, name, *, keep_partial):
     async with Transport(Configuration(directories=(), plain_http=True)) as transport:
         parsed = reference.parse(name).tagged()
-        fetcher = Fetcher(Repository(transport, parsed), LocalBlobs(FileStore(root)), wanted=[], keep_partial=True)
+        fetcher = Fetcher(Repository(transport, parsed), LocalBlobs(FileStore(root)), wanted=[], keep_partial=keep_partial)
         await fetcher.fetch(await fetcher.resolve(parsed))
 
 
@@ -39,7 +39,11 @@ def main():
     root, what, source = sys.argv[1:]
     print("ready", flush=True)
     try:
-        asyncio.run(pull(root, source) if what == "pull" else archive.load(LocalBlobs(FileStore(root)), source))
+        if what == "load":
+            asyncio.run(archive.load(LocalBlobs(FileStore(root)), source))
+        else:
+            # A pull that is to be continued later keeps what it has; another one leaves nothing half-stored.
+            asyncio.run(pull(root, source, keep_partial=what == "pull-to-continue"))
     except BoxshipError as error:
         print(json.dumps({"error": type(error).__name__, "text": str(error)}), flush=True)
         return 1
