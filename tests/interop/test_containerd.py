@@ -159,8 +159,8 @@ def test_limits_reach_the_cgroup(ctr: Ctr, name: str) -> None:
 
 
 def test_read_only_roots_mounts_and_seccomp(ctr: Ctr, name: str) -> None:
-    shared = ctr.stage.directory / "shared"
-    shared.mkdir()
+    shared = ctr.stage.directory / f"shared-{name}"
+    shared.mkdir(exist_ok=True)
     (shared / "from-outside").write_text("hello\n")
     seen = ctr.container("--rm", "--read-only", "--seccomp", "--mount", f"type=bind,src={shared},dst=/tmp,options=rbind:ro", NAME, name,
                          "sh", "-c", "cat /tmp/from-outside; grep Seccomp: /proc/self/status; touch /x /tmp/x 2>/dev/null || echo ro")
