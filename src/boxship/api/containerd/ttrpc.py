@@ -15,7 +15,6 @@ import asyncio
 import logging
 import os
 import socket
-import struct
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, cast
 
@@ -24,25 +23,22 @@ from google.protobuf.message import DecodeError
 from boxship.api.containerd.call import LEASE_HEADER, TTRPC_NAMESPACE_HEADER, Call
 from boxship.api.containerd.services import Containerd, Method, descriptor_of, methods_of
 from boxship.api.task import pb
+from boxship.api.ttrpc import wire
+from boxship.api.ttrpc.wire import DATA, DATA_MAX, HEADER, NO_DATA, REMOTE_CLOSED, REMOTE_OPEN, REQUEST, RESPONSE
 from boxship.kit.errors import BoxshipError, DeadlineExceeded, InvalidArgument, ResourceExhausted, Unavailable, from_code
 
 log = logging.getLogger("boxship.ttrpc")
 
-HEADER = struct.Struct(">IIBB")
-DATA_MAX = 4 << 20
-REQUEST, RESPONSE, DATA = 1, 2, 3
-REMOTE_CLOSED, REMOTE_OPEN, NO_DATA = 1, 2, 4
 CLOSED = "ttrpc: closed"
 
 
 class Frames(asyncio.Protocol):
-    """Cuts what comes in into frames and hands each to `frame`; too long ones to `oversized` after they were skipped."""
+    """Cuts what comes in into frames and hands each to `frame`; too long ones to `oversized`."""
 
     transport: asyncio.Transport
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
-        self._skip: tuple[int, int] | None = None  # (bytes to come, stream) of a frame that is too long
+        self._frames = wire.Frames()
         self._writable = asyncio.Event()
         self._writable.set()
 
@@ -61,30 +57,11 @@ class Frames(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Of asyncio.Protocol."""
-        buffer = self._buffer
-        buffer += data
-        while True:
-            if self._skip is not None:
-                left, stream = self._skip
-                taken = min(left, len(buffer))
-                del buffer[:taken]
-                if taken < left:
-                    self._skip = (left - taken, stream)
-                    return
-                self._skip = None
+        for stream, kind, flags, payload in self._frames.feed(data):
+            if payload is None:
                 self.oversized(stream)
-            if len(buffer) < HEADER.size:
-                return
-            length, stream, kind, flags = HEADER.unpack_from(buffer)
-            if length > DATA_MAX:
-                del buffer[: HEADER.size]
-                self._skip = (length, stream)
-                continue
-            if len(buffer) < HEADER.size + length:
-                return
-            payload = bytes(buffer[HEADER.size : HEADER.size + length])
-            del buffer[: HEADER.size + length]
-            self.frame(stream, kind, flags, payload)
+            else:
+                self.frame(stream, kind, flags, payload)
 
     def frame(self, stream: int, kind: int, flags: int, payload: bytes) -> None:
         """A whole frame came."""
