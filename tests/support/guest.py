@@ -28,7 +28,7 @@ SUITE, MIRROR = "bookworm", "http://deb.debian.org/debian"
 PYTHON = "python3.11"
 PACKAGES = (
     "systemd", "dbus", "dbus-user-session", "libpam-systemd", "python3", "libseccomp2", "uidmap", "busybox-static", "criu",
-    "iptables", "procps", "kmod", "e2fsprogs", "iproute2", "runc",
+    "iptables", "procps", "kmod", "e2fsprogs", "iproute2", "runc", "apparmor",
 )
 KERNEL = "linux-image-cloud-amd64"
 TOOLS = {"qemu-system-x86_64": "qemu-system-x86", "mmdebstrap": "mmdebstrap", "mke2fs": "e2fsprogs", "dpkg-deb": "dpkg"}
