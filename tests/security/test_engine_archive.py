@@ -16,9 +16,9 @@ import pytest
 
 from boxship.engine import archive
 from boxship.engine.archive import Place
-from boxship.engine.rootfs import Root
 from boxship.engine.volumes import populate
 from boxship.kit.errors import BoxshipError, InvalidArgument, NotFound, PermissionDenied
+from boxship.linux.roots import Root
 
 CANARY = "canary\n"
 

@@ -13,7 +13,6 @@ Not here: snapshots (`boxship.containerd.snapshots`), which layers an image has 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import secrets
 import time
@@ -27,6 +26,7 @@ from boxship.api.containerd.call import Call
 from boxship.containerd.snapshots.driver import Driver, Mount
 from boxship.containerd.snapshots.erofs import ErofsDriver
 from boxship.images.layers import apply, diff, names, streams, unpack
+from boxship.images.layers.compress import Compressor
 from boxship.images.layers.lowers import Lowers
 from boxship.images.store import Store, Writer
 from boxship.kit.errors import AlreadyExists, FailedPrecondition, InvalidArgument, from_os_error
@@ -34,9 +34,6 @@ from boxship.linux import _sys, mounts
 from boxship.oci.image import MEDIA_TYPE_LAYER, MEDIA_TYPE_LAYER_GZIP
 
 UNCOMPRESSED = "containerd.io/uncompressed"
-_GZIP_LEVEL = 2
-"""isal's best is at zlib's level 1 in size, and an order of magnitude faster."""
-_ZSTD_LEVEL = 3
 _EMPTY = "unpacked layer has no mounts"
 
 
@@ -136,7 +133,7 @@ class Diff:
         return pb.diff.DiffResponse(diff=pb.types.Descriptor(media_type=media_type, digest=digest, size=size))
 
     def _diff(self, left: list[Mount], right: list[Mount], kind: str, writer: Writer, epoch: int | None) -> tuple[str, int]:
-        sink = _Sink(kind, writer)
+        sink = Compressor(kind, writer.write)
         try:
             write_diff(left, right, sink.write, epoch)
         except OSError as error:
@@ -147,44 +144,6 @@ class Diff:
         except AlreadyExists:
             pass  # the very same layer, which is what was asked for
         return diff_id, sink.size
-
-
-class _Sink:
-    """Compresses and counts what is written, and hashes it uncompressed."""
-
-    def __init__(self, kind: str, writer: Writer) -> None:
-        self._writer = writer
-        self._hash = hashlib.sha256(usedforsecurity=False)
-        self.size = 0
-        if kind == "gzip":
-            from isal import isal_zlib
-
-            # No name and no time in the header: the same tar makes the same blob.
-            compressor = isal_zlib.compressobj(_GZIP_LEVEL, wbits=31)
-            self._compress: Callable[[bytes], bytes] = compressor.compress
-            self._flush: Callable[[], bytes] = compressor.flush
-        elif kind == "zstd":
-            import zstandard
-
-            stream = zstandard.ZstdCompressor(_ZSTD_LEVEL, write_checksum=True).compressobj()
-            self._compress, self._flush = stream.compress, stream.flush
-        else:
-            self._compress, self._flush = bytes, bytes
-
-    def write(self, data: bytes) -> None:
-        """The next piece of the tar."""
-        self._hash.update(data)
-        self._put(self._compress(data))
-
-    def finish(self) -> str:
-        """The diff ID."""
-        self._put(self._flush())
-        return f"sha256:{self._hash.hexdigest()}"
-
-    def _put(self, data: bytes) -> None:
-        if data:
-            self._writer.write(data)
-            self.size += len(data)
 
 
 def from_messages(messages: Iterable[Any]) -> list[Mount]:

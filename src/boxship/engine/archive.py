@@ -23,9 +23,10 @@ from boxship.abi import mount as m
 from boxship.engine import times
 from boxship.engine.container import Container
 from boxship.engine.core import Core
-from boxship.engine.rootfs import Root, overlay_layers
+from boxship.engine.rootfs import overlay_layers
 from boxship.engine.startup import running_root
 from boxship.kit.errors import InvalidArgument, NotFound, PermissionDenied, from_os_error
+from boxship.linux.roots import Root
 
 _COPY = 1 << 20
 _GO_DIR, _GO_LINK, _GO_DEVICE, _GO_FIFO, _GO_SOCKET = 1 << 31, 1 << 27, 1 << 26, 1 << 25, 1 << 24

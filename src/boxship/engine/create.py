@@ -22,8 +22,8 @@ from boxship.engine import shapes, times, validate, volumes
 from boxship.engine.container import Container
 from boxship.engine.core import LABEL, RUNC_V2, Core, packed
 from boxship.engine.images import Image
-from boxship.engine.rootfs import Root
 from boxship.kit.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported, from_os_error
+from boxship.linux.roots import Root
 
 SPEC_URL = "types.containerd.io/opencontainers/runtime-spec/1/Spec"
 _ADJECTIVES = (

@@ -15,9 +15,9 @@ from boxship.engine import spec, volumes
 from boxship.engine.container import Container
 from boxship.engine.core import Core
 from boxship.engine.create import init_program
-from boxship.engine.rootfs import Root
 from boxship.kit.errors import FailedPrecondition, InvalidArgument, NotFound, from_os_error
 from boxship.linux import mounts as linux
+from boxship.linux.roots import Root
 from boxship.oci import users
 
 _HOSTS = (

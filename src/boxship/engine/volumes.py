@@ -17,9 +17,9 @@ import stat
 from typing import Any
 
 from boxship.engine import times
-from boxship.engine.rootfs import Root
 from boxship.engine.store import Store
 from boxship.kit.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported, from_os_error
+from boxship.linux.roots import Root
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+\Z")
 _PROPAGATIONS = frozenset(("private", "rprivate", "shared", "rshared", "slave", "rslave"))

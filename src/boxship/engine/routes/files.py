@@ -16,8 +16,8 @@ from aiohttp import web
 
 from boxship.engine import archive
 from boxship.engine.http import Routes, Stream, answer, flag
-from boxship.engine.rootfs import Root
 from boxship.kit.errors import BoxshipError, InvalidArgument
+from boxship.linux.roots import Root
 
 routes = Routes()
 
