@@ -33,10 +33,16 @@ class Daemon:
         self.socket = str(self.state / "containerd.sock")
         self.log = folder / "log"
         self.process: subprocess.Popen[bytes] | None = None
+        self.prefix: list[str] = []
+        """What starts it in a network namespace of its own, as `nsenter --net=…`."""
 
     def start(self, *flags: str, env: dict[str, str] | None = None, config: str = "") -> None:
         """Start, and wait until it answers."""
         words = [sys.executable, "-c", ENTRY, "--root", str(self.root), "--state", str(self.state), *flags]
+        if self.prefix:
+            words = [*self.prefix, *words]
+        elif "--bridge" not in flags:
+            words += ["--bridge", "none"]  # the machine's own network is none of a test's business
         if config:
             (self.folder / "config.toml").write_text(config)
             words += ["--config", str(self.folder / "config.toml")]

@@ -1,12 +1,13 @@
-"""Routing netlink, as far as moving a network device needs it.
+"""Routing netlink: links, addresses and routes; netfilter netlink: the elements of nftables' sets.
 
-Spec: Linux include/uapi/linux/{netlink,rtnetlink,if_link,if_addr}.h; rtnetlink(7).
+Spec: Linux include/uapi/linux/{netlink,rtnetlink,if_link,if_addr,veth}.h, netfilter/{nfnetlink,nf_tables}.h; rtnetlink(7).
 """
 
 from __future__ import annotations
 
 AF_NETLINK = 16
 NETLINK_ROUTE = 0
+NETLINK_NETFILTER = 12
 SOL_NETLINK = 270
 NETLINK_EXT_ACK = 11  # 4.12
 NETLINK_GET_STRICT_CHK = 12  # 4.20
@@ -17,25 +18,62 @@ NLM_F_REQUEST = 0x1
 NLM_F_ACK = 0x4
 NLM_F_DUMP_INTR = 0x10
 NLM_F_DUMP = 0x300
+NLM_F_REPLACE = 0x100
+NLM_F_CREATE = 0x400
 NLM_F_CREATE_EXCL = 0x600
 NLM_F_CAPPED = 0x100
 NLM_F_ACK_TLVS = 0x200
 NLMSGERR_ATTR_MSG = 1
+NLA_F_NESTED = 0x8000
 
 RTM_NEWLINK = 16
+RTM_DELLINK = 17
 RTM_GETLINK = 18
 RTM_NEWADDR = 20
+RTM_DELADDR = 21
 RTM_GETADDR = 22
+RTM_NEWROUTE = 24
+RTM_DELROUTE = 25
+RTM_GETROUTE = 26
 
+IFLA_ADDRESS = 1
 IFLA_IFNAME = 3
+IFLA_MTU = 4
+IFLA_LINK = 5
+IFLA_MASTER = 10
+IFLA_LINKINFO = 18
 IFLA_NET_NS_FD = 28
+IFLA_INFO_KIND = 1
+IFLA_INFO_DATA = 2
+IFLA_INFO_SLAVE_KIND = 4
+IFLA_INFO_SLAVE_DATA = 5
 IFF_UP = 1
+
+VETH_INFO_PEER = 1
+IFLA_BRPORT_MODE = 4  # hairpin
+IFLA_BRPORT_ISOLATED = 33  # 4.18
+IFLA_MACVLAN_MODE = 1
+MACVLAN_MODES = {"private": 1, "vepa": 2, "bridge": 4, "passthru": 8}
+IFLA_IPVLAN_MODE = 1
+IFLA_IPVLAN_FLAGS = 2
+IPVLAN_MODES = {"l2": 0, "l3": 1, "l3s": 2}
+IPVLAN_FLAGS = {"bridge": 0, "private": 1, "vepa": 2}
+IFLA_VLAN_ID = 1
 
 IFA_ADDRESS = 1
 IFA_LOCAL = 2
 IFA_BROADCAST = 4
 IFA_FLAGS = 8
+IFA_F_NODAD = 0x02
 IFA_F_PERMANENT = 0x80
 IFA_F_NOPREFIXROUTE = 0x200
 RT_SCOPE_UNIVERSE = 0
+RT_SCOPE_LINK = 253
 IFNAMSIZ = 16
+
+RTA_DST = 1
+RTA_OIF = 4
+RTA_GATEWAY = 5
+RT_TABLE_MAIN = 254
+RTPROT_BOOT = 3
+RTN_UNICAST = 1

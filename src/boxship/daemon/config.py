@@ -25,6 +25,8 @@ from typing import Any
 
 from boxship.kit.errors import InvalidArgument
 
+ROOT = "/var/lib/boxship"
+"""Of the daemon of the whole machine."""
 OWN_RUNTIMES = ("io.containerd.runc.v2", "io.containerd.boxship.v1")
 PARTS = ("images", "registry", "snapshots", "gc", "engine", "content", "network", "cri", "plugins")
 """Tables that the parts of the daemon read for themselves."""
@@ -120,7 +122,7 @@ class Config:
 def _folders(environ: Mapping[str, str], uid: int) -> tuple[str, str, str]:
     """(root, state, configuration file) of this user."""
     if uid == 0:
-        return "/var/lib/boxship", "/run/boxship", "/etc/boxship/config.toml"
+        return ROOT, "/run/boxship", "/etc/boxship/config.toml"
     home = environ.get("HOME", "/")
     data = environ.get("XDG_DATA_HOME") or os.path.join(home, ".local/share")
     runtime = environ.get("XDG_RUNTIME_DIR") or f"/tmp/boxship-{uid}"
@@ -205,6 +207,8 @@ def with_flags(config: Config, flags: Mapping[str, str]) -> Config:
     if settings:
         changes["log"] = dataclasses.replace(config.log, **settings)
         check_log(changes["log"])
+    if "bridge" in flags:
+        changes["parts"] = {**config.parts, "network": {**config.table("network"), "bridge": flags["bridge"]}}
     if "metrics" in flags:
         changes["metrics"] = Metrics(flags["metrics"])
     if "idle-exit" in flags:

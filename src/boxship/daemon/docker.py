@@ -2,11 +2,14 @@
 
 Runs in: the daemon, on its event loop.
 Settings: the table [engine] (namespace, snapshotter, default_runtime, cgroup_parent, init, and [engine.runtimes] with NAME =
-"runtime" or ["runtime", "binary"]); registries as in [images] and [registry].
+"runtime" or ["runtime", "binary"]); registries as in [images] and [registry]; [network] has the fields of
+boxship.network.Settings.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import logging
 import os
 import socket
@@ -17,9 +20,10 @@ from aiohttp import web
 
 from boxship import engine
 from boxship.api.containerd.services import Containerd
-from boxship.daemon.config import Config
+from boxship.daemon.config import ROOT, Config
 from boxship.images.configuration import configure
 from boxship.kit.errors import InvalidArgument
+from boxship.network import Settings as NetworkSettings
 
 log = logging.getLogger("boxship.engine")
 
@@ -46,6 +50,25 @@ def settings(table: Mapping[str, Any], address: str) -> engine.Settings:
         else:
             raise InvalidArgument(f"unknown key engine.{key}")
     return engine.Settings(**values)
+
+
+def network(table: Mapping[str, Any], root: str) -> NetworkSettings:
+    """The table [network]; with another root than the usual one the names of devices are others too. Raises InvalidArgument."""
+    known = {each.name: each for each in dataclasses.fields(NetworkSettings) if each.name != "instance"}
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in known:
+            raise InvalidArgument(f"unknown key network.{key}")
+        default = known[key].default
+        if isinstance(default, tuple):
+            if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+                raise InvalidArgument(f"network.{key} is not a list of texts")
+            value = tuple(value)
+        elif type(value) is not type(default):
+            raise InvalidArgument(f"network.{key} is not of the kind of {default!r}")
+        values[key] = value
+    instance = "" if root == ROOT else hashlib.sha256(root.encode()).hexdigest()[:8]
+    return NetworkSettings(**values, instance=instance)
 
 
 def _warned(host: str, text: str) -> None:
@@ -77,6 +100,7 @@ class Served:
 async def serve(containerd: Containerd, config: Config, listener: socket.socket | None) -> Served:
     """Open the engine and answer on its socket (`listener`, when somebody opened it before). Raises BoxshipError, OSError."""
     chosen = settings(config.table("engine"), config.containerd.remote or config.containerd_socket)
+    chosen = chosen._replace(network=network(config.table("network"), config.root))
     registries = configure(config.table("images"), config.table("registry"), _warned).registries
     runner = engine.runner(engine.app(containerd, config.root, config.state, settings=chosen, registries=registries))
     await runner.setup()

@@ -309,12 +309,13 @@ Options:
       --containerd ADDRESS  use the containerd at that socket in place of our own
       --log-level LEVEL     debug, info, warning or error (default info)
       --log-format FORMAT   text or json (default text)
+      --bridge NAME         the device of the default network (default boxship0); none for no such network
       --metrics ADDRESS     HOST:PORT or a path for Prometheus (default none)
       --idle-exit SECONDS   leave after so long without a client (default 0: never)
   -v, --version             print the version
       --help                show this
 """
-FLAGS = ("config", "root", "state", "address", "containerd", "log-level", "log-format", "metrics", "idle-exit")
+FLAGS = ("config", "root", "state", "address", "containerd", "log-level", "log-format", "bridge", "metrics", "idle-exit")
 
 
 def main(arguments: list[str], environ: Mapping[str, str]) -> int:

@@ -16,19 +16,20 @@ from aiohttp import web
 
 from boxship.api.containerd.pb import namespaces, tasks
 from boxship.api.containerd.services import Containerd
-from boxship.engine import http, times
+from boxship.engine import http, networking, times
 from boxship.engine.container import Container
 from boxship.engine.core import Core, Settings
 from boxship.engine.events import Filters, labelled
 from boxship.engine.execs import Execs
 from boxship.engine.images import DANGLING, shown_names
 from boxship.engine.lifecycle import Lifecycle
-from boxship.engine.routes import containers, files, images, system
-from boxship.engine.startup import Accounts
+from boxship.engine.routes import containers, files, images, networks, system
+from boxship.engine.startup import Accounts, write_files
 from boxship.engine.transfers import Transfers
 from boxship.images.hosts import Configuration
 from boxship.images.transfer import Config, Images
 from boxship.kit.errors import AlreadyExists, BoxshipError
+from boxship.network import Network
 
 
 class Engine:
@@ -81,6 +82,20 @@ class Engine:
         except BoxshipError:
             pass  # it is over
 
+    async def connect(self, network: Network, container: Container, settings: Any) -> None:
+        """Put a container on a network, now when it runs. Raises as dockerd does."""
+        await networking.connect(self.core, network, container, settings)
+        self._rewrite(container)
+
+    async def disconnect(self, network: Network, container: Container, *, force: bool) -> None:
+        """Take a container from a network. Raises as dockerd does."""
+        await networking.disconnect(self.core, network, container, force=force)
+        self._rewrite(container)
+
+    def _rewrite(self, container: Container) -> None:
+        if self.core.networks.sandbox(container.id) is not None:
+            write_files(self.core, container, container.config["Hostname"])
+
     async def prune_containers(self, filters: Filters) -> tuple[list[str], int]:
         """Remove the stopped containers that match: (ids, bytes)."""
         limits = [times.moment(text) for text in filters.get("until", [])]
@@ -129,7 +144,7 @@ def app(
     """The application; it is opened at the server's start and closed at its end."""
     engine = Engine(containerd, root, state, settings or Settings(), registries or Configuration())
     routes = http.Routes()
-    for part in (system.routes, containers.routes, files.routes, images.routes):
+    for part in (system.routes, networks.routes, containers.routes, files.routes, images.routes):
         routes.extend(part)
     made = web.Application(client_max_size=http.BODY_MAX)
     made.router.add_route("*", "/{tail:.*}", http.dispatcher(engine, routes))

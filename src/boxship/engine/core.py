@@ -23,6 +23,8 @@ from boxship.engine.volumes import Volumes
 from boxship.images.builtin.provide import Builtins
 from boxship.images.transfer import Images as Mover
 from boxship.kit.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from boxship.network import Network, Networks
+from boxship.network import Settings as NetworkSettings
 
 LABEL = "boxship.engine"
 """On containerd's containers: the id of the engine that made them."""
@@ -49,6 +51,7 @@ class Settings(NamedTuple):
     """Where containerd is, for `docker info`."""
     mirrors: tuple[str, ...] = ()
     insecure_registries: tuple[str, ...] = ()
+    network: NetworkSettings = NetworkSettings(bridge="none")
 
 
 class Core:
@@ -67,8 +70,12 @@ class Core:
         self.snapshots = Snapshots(containerd, self.call, snapshotter, mover)
         self.images = Images(containerd, self.call, self.snapshots, Builtins(containerd, f"{root}/builtin"))
         self.volumes = Volumes(self.store, f"{self.directory}/volumes")
+        self.networks = Networks(root, state, settings.network, self.store.id, self._network_event)
         self.by_id: dict[str, Container] = {}
         self._names: dict[str, str] = {}
+
+    def _network_event(self, action: str, network: Network) -> None:
+        self.events.publish("network", action, network.id, {"name": network.name, "type": network.driver})
 
     # containers by name
 
@@ -105,6 +112,7 @@ class Core:
         self.store.put_container(container.id, name, container.record())
         del self._names[former]
         self._names[name] = container.id
+        self.networks.rename(container.id, former, name)
 
     def save(self, container: Container) -> None:
         """Write a container's record."""

@@ -18,7 +18,7 @@ import shutil
 from typing import Any
 
 from boxship.api.containerd.pb import containers, runc_options
-from boxship.engine import shapes, times, validate, volumes
+from boxship.engine import networking, shapes, times, validate, volumes
 from boxship.engine.container import Container
 from boxship.engine.core import LABEL, RUNC_V2, Core, packed
 from boxship.engine.images import Image
@@ -96,7 +96,7 @@ async def create(core: Core, body: Any, name: str) -> tuple[Container, list[str]
     host = shapes.shape(shapes.member(body, "HostConfig") or {}, shapes.HOST_CONFIG, "HostConfig")
     name = validate.name(name) if name else _random_name(core)
     warnings = validate.check(config, host)
-    _check_network(host, shapes.member(body, "NetworkingConfig"))
+    networks = networking.asked(core, shapes.member(body, "NetworkingConfig"), config, host)
     core.runtime(host["Runtime"])
     host["Runtime"] = host["Runtime"] or core.settings.default_runtime
     host["CgroupnsMode"] = host["CgroupnsMode"] or ("private" if os.path.exists("/sys/fs/cgroup/cgroup.controllers") else "host")
@@ -115,23 +115,11 @@ async def create(core: Core, body: Any, name: str) -> tuple[Container, list[str]
         "id": container_id, "name": name, "created": times.now(), "config": config, "host": host, "path": words[0],
         "args": words[1:],
         "image_id": image.id, "image_name": config["Image"], "snapshotter": core.snapshots.snapshotter, "mounts": points,
-        "fresh": True,
+        "fresh": True, "networks": networks,
     }, f"{core.directory}/containers/{container_id}")
     await _make(core, container, image)
     core.announce(container, "create")
     return container, warnings
-
-
-def _check_network(host: dict[str, Any], networking: Any) -> None:
-    mode = host["NetworkMode"]
-    if mode.startswith("container:"):
-        if host["PortBindings"]:
-            raise InvalidArgument("conflicting options: port publishing and the container type network mode")
-        return
-    named = shapes.member(networking, "EndpointsConfig") or {}
-    for each in named:
-        if each != mode and each not in ("default", "none", "host", "bridge"):
-            raise InvalidArgument(f"conflicting options: cannot attach both network {mode} and {each}")
 
 
 def _mount_points(core: Core, config: dict[str, Any], host: dict[str, Any]) -> list[dict[str, Any]]:

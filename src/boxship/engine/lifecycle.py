@@ -18,7 +18,7 @@ import signal
 from typing import Any
 
 from boxship.api.containerd.pb import containers, events, task_events, tasks, types
-from boxship.engine import create, times, validate
+from boxship.engine import create, networking, times, validate
 from boxship.engine.container import Container
 from boxship.engine.core import LABEL, Core, packed
 from boxship.engine.errors import Failed, NotModified
@@ -74,7 +74,11 @@ class Lifecycle:
     async def _start(self, container: Container) -> None:
         core = self._core
         streams = self.streams(container)
+        connected: asyncio.Future[None] | None = None
         try:
+            sandbox = await networking.prepare(core, container)
+            if sandbox is not None:
+                connected = asyncio.ensure_future(core.networks.realize(sandbox))
             spec = await specification(core, self._accounts, container)
             self._open_streams(container, streams)
             record = containers.Container(id=container.id, spec=packed(create.SPEC_URL, dumps(spec).encode()))
@@ -82,6 +86,8 @@ class Lifecycle:
             update.update_mask.paths.append("spec")
             await core.containerd.containers.Update(update, core.call)
             rootfs = await core.snapshots.mounts(container.id)
+            if connected is not None:
+                await connected
             made = await core.containerd.tasks.Create(tasks.CreateTaskRequest(
                 container_id=container.id, rootfs=rootfs, stdin=streams.stdin, stdout=streams.stdout, stderr=streams.stderr,
                 terminal=streams.terminal), core.call)
@@ -90,6 +96,9 @@ class Lifecycle:
             await core.containerd.tasks.Start(tasks.StartRequest(container_id=container.id), core.call)
         except (BoxshipError, OSError) as error:
             failed = error if isinstance(error, BoxshipError) else from_os_error(error, "starting the container")
+            if connected is not None:
+                (also,) = await asyncio.gather(connected, return_exceptions=True)
+                failed = networking.refused(error) if also is error and isinstance(error, BoxshipError) else failed
             raise await self._failed(container, streams, failed) from None
         streams.started.set()
         state = container.state
@@ -140,6 +149,7 @@ class Lifecycle:
         self._close_log(container)
         container.streams = None
         release_shared_memory(container)
+        networking.release(core, container)
         failure = Failed.of(error)
         state = container.state
         state.running, state.restarting, state.pid = False, False, 0
@@ -182,6 +192,7 @@ class Lifecycle:
                 state.running, state.restarting = True, True
             core.save(container)
             core.announce(container, "die", exitCode=str(code), execDuration=str(max(0, ran) // 1_000_000_000))
+            networking.release(core, container)
             container.wake(container.next_exit)
             for each in container.execs.values():
                 each.gone()
@@ -423,13 +434,25 @@ class Lifecycle:
     async def open(self) -> None:
         """Find everything again, then follow the events."""
         core = self._core
+        core.networks.open()
         for record in core.store.containers():
             core.restore(Container(record, f"{core.directory}/containers/{record['id']}"))
+        await core.networks.sweep()
         ready = asyncio.Event()
         self._listener = self.spawn(self._listen(ready))
         await ready.wait()
         await self._reconcile()
+        self._reconcile_networks()
         await self._clean()
+
+    def _reconcile_networks(self) -> None:
+        """Take down the networks of containers that run no more."""
+        networks = self._core.networks
+        for container_id in networks.containers():
+            container = self._core.by_id.get(container_id)
+            if container is None or (not container.state.running and not container.lock.locked()):
+                networks.release(container_id)
+        networks.hold()
 
     async def _reconcile(self) -> None:
         """Compare what the records say with the tasks that there are."""
@@ -575,6 +598,7 @@ class Lifecycle:
         for container in self._core.containers():
             if container.log is not None:
                 container.log.close()
+        await self._core.networks.close()
         self._core.store.close()
 
 

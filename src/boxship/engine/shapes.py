@@ -59,7 +59,6 @@ HEALTHCHECK = {
 LOG_CONFIG = {"Type": "string", "Config": "map"}
 RESTART_POLICY = {"Name": "string", "MaximumRetryCount": "int"}
 VOLUME_CREATE = {"Name": "string", "Driver": "string", "DriverOpts": "map", "Labels": "map"}
-NETWORK_CREATE = {"Name": "string", "Driver": "string", "Labels": "map", "Options": "map"}
 AUTH_CONFIG = {
     "username": "string", "password": "string", "auth": "string", "serveraddress": "string", "identitytoken": "string",
     "registrytoken": "string",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from boxship.engine import shapes, times
+from boxship.engine import networking, shapes, times
 from boxship.engine.container import Container
 from boxship.engine.core import Core
 from boxship.engine.events import Filters, labelled
@@ -23,32 +23,11 @@ LIST_FILTERS = frozenset((
 _STATUSES = frozenset(("created", "restarting", "running", "removing", "paused", "exited", "dead"))
 
 
-def _networks(container: Container) -> dict[str, Any]:
-    mode = container.host["NetworkMode"]
-    if mode.startswith("container:"):
-        return {}
-    name = "bridge" if mode == "default" else mode
-    endpoint = {
-        "IPAMConfig": None, "Links": None, "Aliases": None, "MacAddress": "", "DriverOpts": None, "GwPriority": 0,
-        "NetworkID": "",
-        "EndpointID": "", "Gateway": "", "IPAddress": "", "IPPrefixLen": 0, "IPv6Gateway": "", "GlobalIPv6Address": "",
-        "GlobalIPv6PrefixLen": 0, "DNSNames": None,
-    }
-    return {name: endpoint}
-
-
 def inspect(core: Core, container: Container, version: tuple[int, int]) -> dict[str, Any]:
     """As `docker inspect` shows it."""
     state = container.state.shown()
     if container.health is not None:
         state["Health"] = container.health.shown()
-    settings: dict[str, Any] = {
-        "Bridge": "", "SandboxID": "", "SandboxKey": "", "Ports": {}, "HairpinMode": False, "LinkLocalIPv6Address": "",
-        "LinkLocalIPv6PrefixLen": 0, "SecondaryIPAddresses": None, "SecondaryIPv6Addresses": None, "EndpointID": "",
-        "Gateway": "",
-        "GlobalIPv6Address": "", "GlobalIPv6PrefixLen": 0, "IPAddress": "", "IPPrefixLen": 0, "IPv6Gateway": "", "MacAddress": "",
-        "Networks": _networks(container),
-    }
     running_execs = [each.id for each in container.execs.values() if each.exit_code is None]
     return {
         "Id": container.id, "Created": container.created, "Path": container.path, "Args": container.args, "State": state,
@@ -58,7 +37,8 @@ def inspect(core: Core, container: Container, version: tuple[int, int]) -> dict[
         "Platform": "linux",
         "MountLabel": "", "ProcessLabel": "", "AppArmorProfile": "", "ExecIDs": running_execs or None,
         "HostConfig": shapes.shown_host(container.host), "GraphDriver": {"Data": None, "Name": container.snapshotter},
-        "Mounts": shown_points(container.mounts), "Config": shapes.shown_config(container.config), "NetworkSettings": settings,
+        "Mounts": shown_points(container.mounts), "Config": shapes.shown_config(container.config),
+        "NetworkSettings": networking.settings(core, container),
     }
 
 
@@ -72,9 +52,11 @@ def summary(core: Core, container: Container) -> dict[str, Any]:
     """As in the list of containers."""
     return {
         "Id": container.id, "Names": [f"/{container.name}"], "Image": container.image_name, "ImageID": container.image_id,
-        "Command": _command(container), "Created": times.nanoseconds(container.created) // 1_000_000_000, "Ports": [],
+        "Command": _command(container), "Created": times.nanoseconds(container.created) // 1_000_000_000,
+        "Ports": networking.port_rows(core, container),
         "Labels": container.labels, "State": container.state.status, "Status": container.state.summary(container.health_status),
-        "HostConfig": {"NetworkMode": container.host["NetworkMode"]}, "NetworkSettings": {"Networks": _networks(container)},
+        "HostConfig": {"NetworkMode": container.host["NetworkMode"]},
+        "NetworkSettings": {"Networks": networking.shown_networks(core, container)},
         "Mounts": shown_points(container.mounts),
     }
 
@@ -104,7 +86,7 @@ async def listed(core: Core, filters: Filters, *, everything: bool, limit: int, 
             ancestors.add((await core.images.get(text)).id)
         except (NotFound, InvalidArgument):
             ancestors.add(text)
-    chosen = [each for each in chosen if (everything or each.state.running) and _wanted(each, filters, codes, ancestors)]
+    chosen = [each for each in chosen if (everything or each.state.running) and _wanted(core, each, filters, codes, ancestors)]
     if limit > 0:
         chosen = chosen[:limit]
     rows = [summary(core, each) for each in chosen]
@@ -127,7 +109,7 @@ async def sizes(core: Core, container: Container) -> dict[str, int]:
     return ({"SizeRw": own} if own else {}) | {"SizeRootFs": own + image}
 
 
-def _wanted(container: Container, filters: Filters, codes: list[int], ancestors: set[str]) -> bool:
+def _wanted(core: Core, container: Container, filters: Filters, codes: list[int], ancestors: set[str]) -> bool:
     import re
 
     if "id" in filters and not any(container.id.startswith(text) for text in filters["id"]):
@@ -152,8 +134,10 @@ def _wanted(container: Container, filters: Filters, codes: list[int], ancestors:
     if "volume" in filters and not any(
             text in (point.get("Name"), point["Destination"]) for text in filters["volume"] for point in container.mounts):
         return False
-    if "network" in filters and not any(text in _networks(container) for text in filters["network"]):
+    if "network" in filters and not any(
+            text == name or (each["NetworkID"] and each["NetworkID"].startswith(text))
+            for name, each in networking.shown_networks(core, container).items() for text in filters["network"]):
         return False
     if "is-task" in filters and "true" in filters["is-task"]:
         return False
-    return "publish" not in filters and "expose" not in filters
+    return networking.has_port(core, container, filters)

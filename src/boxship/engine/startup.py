@@ -11,19 +11,16 @@ import os
 from typing import Any
 
 from boxship.api.containerd.pb import tasks, types
-from boxship.engine import spec, volumes
+from boxship.engine import networking, spec, volumes
 from boxship.engine.container import Container
 from boxship.engine.core import Core
 from boxship.engine.create import init_program
 from boxship.kit.errors import FailedPrecondition, InvalidArgument, NotFound, from_os_error
 from boxship.linux import mounts as linux
 from boxship.linux.roots import Root
+from boxship.network import files
 from boxship.oci import users
 
-_HOSTS = (
-    "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::\tip6-localnet\nff00::\tip6-mcastprefix\n"
-    "ff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n"
-)
 _ETC = ("resolv.conf", "hostname", "hosts")
 
 
@@ -94,7 +91,8 @@ async def specification(core: Core, accounts: Accounts, container: Container) ->
     mode = host["NetworkMode"]
     if mode.startswith("container:"):
         hostname = _joined(core, mode, "network").config["Hostname"]
-    _write_files(core, container, hostname)
+    write_files(core, container, hostname)
+    config = {**config, "Env": [*networking.link_environment(core, container), *(config["Env"] or [])]}
     inputs = spec.Inputs(
         uid=user.uid, gid=user.gid, groups=user.groups, home=user.home, mounts=_mounts(core, container), namespaces=namespaces,
         hostname=hostname, cgroups_path=f"{host['CgroupParent'] or core.settings.cgroup_parent}/{container.id}",
@@ -116,8 +114,6 @@ def _joined(core: Core, mode: str, kind: str) -> Container:
 
 def _namespaces(core: Core, container: Container) -> dict[str, str | None]:
     host = container.host
-    if host["NetworkMode"] not in ("default", "bridge", "none", "host") and not host["NetworkMode"].startswith("container:"):
-        raise NotFound(f"network {host['NetworkMode']} not found")
     found: dict[str, str | None] = {"mount": "", "network": "", "uts": "", "pid": "", "ipc": ""}
     for kind, key, proc in (("network", "NetworkMode", "net"), ("pid", "PidMode", "pid"), ("ipc", "IpcMode", "ipc")):
         mode = host[key]
@@ -125,6 +121,8 @@ def _namespaces(core: Core, container: Container) -> dict[str, str | None]:
             found[kind] = f"/proc/{_joined(core, mode, kind).state.pid}/ns/{proc}"
         elif mode == "host":
             found[kind] = None
+    if (sandbox := core.networks.sandbox(container.id)) is not None:
+        found["network"] = sandbox.path
     if host["UTSMode"] == "host":
         found["uts"] = None
     if host["CgroupnsMode"] == "private":
@@ -140,36 +138,35 @@ def _read(path: str) -> str:
         return ""
 
 
-def _write_files(core: Core, container: Container, hostname: str) -> None:
-    """hosts, hostname and resolv.conf in the container's directory."""
+def write_files(core: Core, container: Container, hostname: str) -> None:
+    """hosts, hostname and resolv.conf in the container's directory; anew when it is connected while it runs."""
     host = container.host
     mode = host["NetworkMode"]
     if mode.startswith("container:"):
         return
-    own = mode == "host"
-    hosts = _read("/etc/hosts") if own else _HOSTS
+    sandbox = core.networks.sandbox(container.id)
+    addresses, extra = networking.host_lines(core, container)
     for entry in host["ExtraHosts"] or []:
         name, separator, address = entry.partition("=" if "=" in entry else ":")
         if not separator or not address:
             raise InvalidArgument(f'bad format for add-host: "{entry}"')
         if address == "host-gateway":
-            raise InvalidArgument("unable to derive the IP value for host-gateway")
-        hosts += f"{address.strip('[]')}\t{name}\n"
+            address = core.networks.host_gateway
+            if not address:
+                raise InvalidArgument("unable to derive the IP value for host-gateway")
+        extra.append((address.strip("[]"), name))
     domain = container.config["Domainname"]
-    if not own:
-        names = f"{hostname}.{domain} {hostname}" if domain else hostname
-        hosts += f"127.0.1.1\t{names}\n"
+    names = f"{hostname}.{domain} {hostname}" if domain else hostname
+    if mode == "host":
+        hosts = files.hosts([], names, extra, base=_read("/etc/hosts"))
+    else:
+        hosts = files.hosts(addresses or ["127.0.1.1"], names, extra)
     resolv = _read("/etc/resolv.conf")
-    if host["Dns"] or host["DnsSearch"] or host["DnsOptions"]:
-        kept = [line for line in resolv.splitlines() if not (
-            (host["Dns"] and line.startswith("nameserver")) or (host["DnsSearch"] and line.startswith(("search", "domain")))
-            or (host["DnsOptions"] and line.startswith("options")))]
-        kept += [f"nameserver {address}" for address in host["Dns"] or []]
-        if host["DnsSearch"] and host["DnsSearch"] != ["."]:
-            kept.append("search " + " ".join(host["DnsSearch"]))
-        if host["DnsOptions"]:
-            kept.append("options " + " ".join(host["DnsOptions"]))
-        resolv = "\n".join(kept) + "\n"
+    dns = (host["Dns"] or [], host["DnsSearch"] or [], host["DnsOptions"] or [])
+    if sandbox is not None or any(dns):
+        resolv = files.resolv(resolv, dns=dns[0], search=dns[1], options=dns[2],
+            resolver=sandbox is not None and core.networks.resolves(sandbox), keep_local=sandbox is None,
+            v6=sandbox is not None and any(each.ipv6 for each in sandbox.endpoints))
     for name, text in (("hosts", hosts), ("hostname", f"{hostname}\n"), ("resolv.conf", resolv)):
         # Written in place: a running container that shares it has the very file mounted.
         try:

@@ -17,19 +17,12 @@ import os
 from _struct import Struct
 
 from boxship.abi import netlink as abi
-from boxship.abi.namespace import CLONE_NEWNET
 from boxship.kit.errors import AlreadyExists, BoxshipError, NotFound, from_os_error
-from boxship.linux.namespaces import setns
+from boxship.linux.netlink import NUMBER, Socket, attribute, attributes, text
+from boxship.linux.netns import Inside
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-_HEADER = Struct("=IHHII")  # struct nlmsghdr {u32 len; u16 type, flags; u32 seq, pid}
 _LINK = Struct("=BxHiII")  # struct ifinfomsg {u8 family; u16 type; int index; unsigned flags, change}
 _ADDRESS = Struct("=BBBBI")  # struct ifaddrmsg {u8 family, prefixlen, flags, scope; u32 index}
-_ATTRIBUTE = Struct("=HH")  # struct nlattr {u16 len, type}
-_NUMBER = Struct("=I")
 _TRIES = 5
 
 
@@ -72,7 +65,8 @@ def move(name: str, namespace: int, new_name: str = "", path: str = "") -> None:
             # Before the device goes down, which costs it its IPv6 addresses.
             addresses = here.addresses(index)
             here.set_up(index, False, "fail to set link down")
-            here.change(index, {abi.IFLA_IFNAME: _text(new_name), abi.IFLA_NET_NS_FD: _NUMBER.pack(namespace)}, moving)
+            changes = {abi.IFLA_IFNAME: os.fsencode(new_name) + b"\0", abi.IFLA_NET_NS_FD: NUMBER.pack(namespace)}
+            here.change(index, changes, moving)
             _settle(there, new_name, addresses, path)
         finally:
             there.close()
@@ -92,19 +86,8 @@ def _settle(there: _Route, name: str, addresses: list[Address], path: str) -> No
 
 def _route_in(namespace: int) -> _Route:
     """A socket that was made in another network namespace belongs to it for good: be there for just that moment."""
-    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        setns(namespace, CLONE_NEWNET)
-        try:
-            return _Route()
-        finally:
-            # Failing here would leave us in the container's network; nothing may go on then.
-            try:
-                setns(home, CLONE_NEWNET)
-            except OSError:
-                os.abort()
-    finally:
-        os.close(home)
+    with Inside(namespace):
+        return _Route()
 
 
 def describe(address: Address) -> str:
@@ -115,30 +98,14 @@ def describe(address: Address) -> str:
     return f"{_socket.inet_ntop(address.family, raw)}/{address.prefix}"
 
 
-class _Route:
+class _Route(Socket):
     """A routing netlink socket: one request at a time."""
-
-    def __init__(self) -> None:
-        import _socket
-
-        self._sock = _socket.socket(abi.AF_NETLINK, _socket.SOCK_RAW, abi.NETLINK_ROUTE)
-        self._sequence = 0
-        self._sock.bind((0, 0))
-        for option in (abi.NETLINK_EXT_ACK, abi.NETLINK_GET_STRICT_CHK):
-            try:
-                self._sock.setsockopt(abi.SOL_NETLINK, option, 1)
-            except OSError:
-                pass  # an older kernel explains less, and answers more than was asked for
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._sock.close()
 
     def index(self, name: str) -> int:
         """Of the device with that name; 0 if there is none."""
-        request = _LINK.pack(0, 0, 0, 0, 0) + _attribute(abi.IFLA_IFNAME, _text(name))
+        request = _LINK.pack(0, 0, 0, 0, 0) + text(abi.IFLA_IFNAME, name)
         try:
-            for body in self._request(abi.RTM_GETLINK, 0, request):
+            for body in self.request(abi.RTM_GETLINK, 0, request):
                 return int(_LINK.unpack_from(body)[2])
         except OSError as error:
             if error.errno != errno.ENODEV:
@@ -151,14 +118,14 @@ class _Route:
 
     def change(self, index: int, attributes: dict[int, bytes], doing: str) -> None:
         """Set attributes of a link, all or none."""
-        request = _LINK.pack(0, 0, index, 0, 0) + b"".join(_attribute(kind, data) for kind, data in attributes.items())
+        request = _LINK.pack(0, 0, index, 0, 0) + b"".join(attribute(kind, data) for kind, data in attributes.items())
         self._do(abi.RTM_NEWLINK, 0, request, doing)
 
     def addresses(self, index: int) -> list[Address]:
         """All addresses of a link, IPv4 and IPv6. Asked for anew when they changed meanwhile."""
         for _ in range(_TRIES):
             try:
-                found = list(self._request(abi.RTM_GETADDR, abi.NLM_F_DUMP, _ADDRESS.pack(0, 0, 0, 0, index)))
+                found = list(self.request(abi.RTM_GETADDR, abi.NLM_F_DUMP, _ADDRESS.pack(0, 0, 0, 0, index)))
             except InterruptedError:
                 continue
             except OSError as error:
@@ -172,88 +139,21 @@ class _Route:
         request = _ADDRESS.pack(address.family, address.prefix, flags & 0xFF, address.scope, index)
         for kind in (abi.IFA_ADDRESS, abi.IFA_LOCAL, abi.IFA_BROADCAST):
             if kind in address.attributes:
-                request += _attribute(kind, address.attributes[kind])
-        request += _attribute(abi.IFA_FLAGS, _NUMBER.pack(flags))
+                request += attribute(kind, address.attributes[kind])
+        request += attribute(abi.IFA_FLAGS, NUMBER.pack(flags))
         self._do(abi.RTM_NEWADDR, abi.NLM_F_CREATE_EXCL, request, doing)
 
     def _do(self, kind: int, flags: int, request: bytes, doing: str) -> None:
         try:
-            for _ in self._request(kind, flags | abi.NLM_F_ACK, request):
+            for _ in self.request(kind, flags | abi.NLM_F_ACK, request):
                 pass
         except OSError as error:
             raise from_os_error(error, doing) from None
 
-    def _request(self, kind: int, flags: int, request: bytes) -> Iterator[bytes]:
-        """Send one request and yield the bodies of its answers. Raises OSError; EINTR when a dump is not consistent."""
-        self._sequence += 1
-        self._sock.send(_HEADER.pack(_HEADER.size + len(request), kind, flags | abi.NLM_F_REQUEST, self._sequence, 0) + request)
-        expects_many = flags & (abi.NLM_F_DUMP | abi.NLM_F_ACK)
-        interrupted = False
-        while True:
-            data = self._sock.recv(1 << 16)
-            at = 0
-            while at + _HEADER.size <= len(data):
-                size, answer, answer_flags, sequence, _ = _HEADER.unpack_from(data, at)
-                body = data[at + _HEADER.size : at + size]
-                at += _aligned(max(size, _HEADER.size))
-                if sequence != self._sequence:
-                    continue
-                interrupted = interrupted or bool(answer_flags & abi.NLM_F_DUMP_INTR)
-                if answer == abi.NLMSG_ERROR:
-                    _check(body, answer_flags, len(request))
-                    return
-                if answer == abi.NLMSG_DONE:
-                    if interrupted:
-                        raise InterruptedError(errno.EINTR, os.strerror(errno.EINTR))
-                    return
-                yield body
-                if not expects_many:
-                    return
-
-
-def _check(body: bytes, flags: int, request_size: int) -> None:
-    """Raise what an NLMSG_ERROR says, with the kernel's own explanation where it gives one."""
-    number = -int.from_bytes(body[:4], "little", signed=True)
-    if not number:
-        return
-    text = os.strerror(number)
-    if flags & abi.NLM_F_ACK_TLVS:
-        # The error is followed by the request it is about, or by its header only.
-        skip = 4 + _HEADER.size + (0 if flags & abi.NLM_F_CAPPED else _aligned(request_size))
-        message = _attributes(body[skip:]).get(abi.NLMSGERR_ATTR_MSG)
-        if message:
-            text = f"{text}: {message.rstrip(bytes(1)).decode(errors='replace')}"
-    raise OSError(number, text)
-
 
 def _parse_address(body: bytes) -> tuple[int, Address]:
     family, prefix, flags, scope, index = _ADDRESS.unpack_from(body)
-    attributes = _attributes(body[_ADDRESS.size :])
-    if abi.IFA_FLAGS in attributes:
-        (flags,) = _NUMBER.unpack(attributes[abi.IFA_FLAGS])
-    return index, Address(family, prefix, flags, scope, attributes)
-
-
-def _attributes(data: bytes) -> dict[int, bytes]:
-    found = {}
-    at = 0
-    while at + _ATTRIBUTE.size <= len(data):
-        size, kind = _ATTRIBUTE.unpack_from(data, at)
-        if size < _ATTRIBUTE.size:
-            break
-        found[kind & 0x3FFF] = data[at + _ATTRIBUTE.size : at + size]
-        at += _aligned(size)
-    return found
-
-
-def _attribute(kind: int, data: bytes) -> bytes:
-    size = _ATTRIBUTE.size + len(data)
-    return (_ATTRIBUTE.pack(size, kind) + data).ljust(_aligned(size), b"\0")
-
-
-def _aligned(size: int) -> int:
-    return (size + 3) & ~3
-
-
-def _text(name: str) -> bytes:
-    return os.fsencode(name) + b"\0"
+    found = attributes(body[_ADDRESS.size :])
+    if abi.IFA_FLAGS in found:
+        (flags,) = NUMBER.unpack(found[abi.IFA_FLAGS])
+    return index, Address(family, prefix, flags, scope, found)

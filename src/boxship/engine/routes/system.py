@@ -1,7 +1,7 @@
-"""Everything that is about the engine itself, volumes, and the networks that there are.
+"""Everything that is about the engine itself, and volumes.
 
 Runs in: the daemon, on its event loop.
-Spec: Docker Engine API v1.51, System, Volume, Network.
+Spec: Docker Engine API v1.51, System, Volume.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from boxship.engine.events import event_filters, labelled, parse_filters
 from boxship.engine.http import API_MIN_VERSION, API_VERSION, VERSION, Routes, Stream, answer, body_of, flag, nothing
 from boxship.engine.logs import DRIVERS
 from boxship.engine.volumes import size_of
-from boxship.kit.errors import BoxshipError, FailedPrecondition, NotFound, Unavailable, Unsupported
+from boxship.kit.errors import BoxshipError, FailedPrecondition, NotFound, Unavailable
+from boxship.network.model import DRIVERS as NETWORK_DRIVERS
 
 routes = Routes()
 
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
-_NO_BRIDGE = "NOTE: there are no networks but none, host and container: yet; others have a loopback interface only"
 
 
 # system
@@ -103,7 +103,7 @@ async def info(engine: Any, request: web.Request) -> web.StreamResponse:
         "ContainersStopped": len(states) - running - paused, "Images": len(await core.images.all()),
         "Driver": core.snapshots.snapshotter,
         "DriverStatus": [["driver-type", "io.containerd.snapshotter.v1"]],
-        "Plugins": {"Volume": ["local"], "Network": ["host", "null"], "Authorization": None, "Log": list(DRIVERS)},
+        "Plugins": {"Volume": ["local"], "Network": list(NETWORK_DRIVERS), "Authorization": None, "Log": list(DRIVERS)},
         "MemoryLimit": v1["memory"], "SwapLimit": v1["memory"], "CpuCfsPeriod": v1["cpu"], "CpuCfsQuota": v1["cpu"],
         "CPUShares": v1["cpu"], "CPUSet": v1["cpuset"], "PidsLimit": v1["pids"], "IPv4Forwarding": forwarding, "Debug": False,
         "NFd": len(os.listdir("/proc/self/fd")), "OomKillDisable": not unified, "NGoroutines": len(asyncio.all_tasks()),
@@ -128,7 +128,7 @@ async def info(engine: Any, request: web.Request) -> web.StreamResponse:
         "RuncCommit": {"ID": ""}, "InitCommit": {"ID": ""}, "SecurityOptions": ["name=seccomp,profile=builtin"],
         "CDISpecDirs": [],
         "Containerd": {"Address": core.settings.address, "Namespaces": {"Containers": core.settings.namespace, "Plugins": ""}},
-        "Warnings": [_NO_BRIDGE],
+        "Warnings": None,
     })
 
 
@@ -246,73 +246,6 @@ async def remove_volume(engine: Any, request: web.Request, name: str) -> web.Str
     core.volumes.remove(name)
     core.events.publish("volume", "destroy", name, {"driver": "local"})
     return nothing()
-
-
-# networks: those that need no set-up
-
-
-def _network_rows(engine: Any) -> list[dict[str, Any]]:
-    import hashlib
-
-    rows = []
-    for name, driver in (("none", "null"), ("host", "host")):
-        users = {each.id: {"Name": each.name, "EndpointID": "", "MacAddress": "", "IPv4Address": "", "IPv6Address": ""}
-                 for each in engine.core.containers() if each.host["NetworkMode"] == name and each.state.running}
-        rows.append({
-            "Name": name, "Id": hashlib.sha256(f"{engine.core.store.id}/{name}".encode()).hexdigest(), "Created": times.rfc3339(
-                engine.started), "Scope": "local", "Driver": driver, "EnableIPv4": True, "EnableIPv6": False,
-            "IPAM": {"Driver": "default", "Options": None, "Config": None}, "Internal": False, "Attachable": False,
-            "Ingress": False,
-            "ConfigFrom": {"Network": ""}, "ConfigOnly": False, "Containers": users, "Options": {}, "Labels": {}})
-    return rows
-
-
-@routes.get("/networks")
-async def list_networks(engine: Any, request: web.Request) -> web.StreamResponse:
-    filters = parse_filters(request.query.get("filters", ""),
-        frozenset(("dangling", "driver", "id", "label", "name", "scope", "type")))
-    rows = _network_rows(engine)
-    for key, field in (("name", "Name"), ("id", "Id"), ("driver", "Driver"), ("scope", "Scope")):
-        if key in filters:
-            rows = [row for row in rows if any(text in row[field] for text in filters[key])]
-    if "label" in filters or filters.get("type") == ["custom"] or filters.get("dangling", ["false"])[0] in ("true", "1"):
-        rows = []
-    return answer([row | {"Containers": {}} for row in rows])
-
-
-@routes.post("/networks/create")
-async def create_network(engine: Any, request: web.Request) -> web.StreamResponse:
-    await body_of(request)
-    raise Unsupported("networks of the driver bridge are not there yet", "use the networks none or host, or container:NAME")
-
-
-@routes.post("/networks/prune")
-async def prune_networks(engine: Any, request: web.Request) -> web.StreamResponse:
-    return answer({"NetworksDeleted": None})
-
-
-@routes.post("/networks/{name}/connect")
-@routes.post("/networks/{name}/disconnect")
-async def change_network(engine: Any, request: web.Request, name: str) -> web.StreamResponse:
-    raise Unsupported("containers cannot change their network yet")
-
-
-@routes.get("/networks/{name}")
-async def inspect_network(engine: Any, request: web.Request, name: str) -> web.StreamResponse:
-    for row in _network_rows(engine):
-        if name == row["Name"] or (len(name) > 2 and row["Id"].startswith(name)):
-            return answer(row)
-    raise NotFound(f"network {name} not found")
-
-
-@routes.delete("/networks/{name}")
-async def remove_network(engine: Any, request: web.Request, name: str) -> web.StreamResponse:
-    for row in _network_rows(engine):
-        if name in (row["Name"], row["Id"]):
-            from boxship.kit.errors import PermissionDenied
-
-            raise PermissionDenied(f"{row['Name']} is a pre-defined network and cannot be removed")
-    raise NotFound(f"network {name} not found")
 
 
 # what a daemon says that is in no swarm and has no plugins
