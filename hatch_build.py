@@ -1,8 +1,9 @@
-"""Build step of the wheel: compiles the three C programs and the one C extension.
+"""Build step of the wheel: compiles the four C programs and the one C extension.
 
 * ``boxship/linux/_sys.abi3.so``: the system calls that Python lacks.
 * ``boxship/runtime/_init``: the program that a container's first process runs until the user's own (see
   ``boxship/linux/remote.py``); static and free of libc, because it runs inside the container.
+* ``boxship/engine/docker-init``: the first process of a container that was asked to have an init; static and free of libc too.
 * ``boxrun``: the native entry of the runtime's command line, put into the scripts folder as it is; and beside it the script
   ``boxship``, whose first line the installer completes.
 * ``containerd-shim-boxship-v1``: the native entry of the shim's, the same way.
@@ -20,6 +21,11 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 ROOT = Path(__file__).parent
 SHIM = "containerd-shim-boxship-v1"
+FREESTANDING = [
+    "-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector", "-fno-pie", "-no-pie", "-fcf-protection=none",
+    "-fno-asynchronous-unwind-tables", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,-z,norelro", "-s",
+]
+IN_PACKAGE = {"_sys.abi3.so": "linux", "_init": "runtime", "docker-init": "engine"}
 WARN = ["-Wall", "-Wextra", "-Werror=implicit-function-declaration", "-O2"]
 
 
@@ -28,16 +34,12 @@ def compile_native(out: Path) -> dict[str, Path]:
     out.mkdir(parents=True, exist_ok=True)
     cc = shlex.split(os.environ.get("CC", "gcc"))
     native = ROOT / "src" / "native"
-    built = {"_sys.abi3.so": out / "_sys.abi3.so", "_init": out / "_init", "boxrun": out / "boxrun",
-             SHIM: out / SHIM}
+    built = {name: out / name for name in (*IN_PACKAGE, "boxrun", SHIM)}
     include = sysconfig.get_path("include")
     jobs = {
         "_sys.abi3.so": ["-shared", "-fPIC", f"-I{include}", str(native / "sys.c"), str(native / "program.c")],
-        "_init": [
-            "-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector", "-fno-pie", "-no-pie",
-            "-fcf-protection=none", "-fno-asynchronous-unwind-tables", "-Wl,--build-id=none",
-            "-Wl,-z,noexecstack", "-Wl,-z,norelro", "-s", str(native / "init.c"),
-        ],
+        "_init": [*FREESTANDING, str(native / "init.c")],
+        "docker-init": [*FREESTANDING, str(native / "reaper.c")],
         "boxrun": ["-static", "-s", str(native / "boxrun.c")],
         SHIM: ["-static", "-s", str(native / "shim.c")],
     }
@@ -56,14 +58,14 @@ class NativeBuild(BuildHookInterface):  # type: ignore[type-arg]
         package = ROOT / "src" / "boxship"
         if version == "editable":
             # An editable install reads the package from the source tree, so the results go there.
-            for name, target in (("_sys.abi3.so", package / "linux"), ("_init", package / "runtime")):
-                destination = target / name
+            for name, target in IN_PACKAGE.items():
+                destination = package / target / name
                 destination.unlink(missing_ok=True)
                 destination.write_bytes(built[name].read_bytes())
                 destination.chmod(0o755)
         else:
-            build_data["force_include"][str(built["_sys.abi3.so"])] = "boxship/linux/_sys.abi3.so"
-            build_data["force_include"][str(built["_init"])] = "boxship/runtime/_init"
+            for name, target in IN_PACKAGE.items():
+                build_data["force_include"][str(built[name])] = f"boxship/{target}/{name}"
         for name in ("boxrun", SHIM):
             build_data["shared_scripts"][str(built[name])] = name
         build_data["shared_scripts"][str(ROOT / "src" / "scripts" / "boxship")] = "boxship"

@@ -6,6 +6,10 @@ Runs in: the daemon.
     [containerd]  address, uid, gid, mode, enabled       the gRPC socket; its ttRPC socket is beside it, with `.ttrpc` at the end
                   remote                                 the socket of another containerd, to be used in place of ours
     [docker]      address, uid, gid, mode, enabled       the Docker engine's socket
+                  group = "docker"                       the group that may use it, where there is one of that name
+                  tcp = "HOST:PORT"                      the same over TCP, for clients with a certificate:
+                  tls_ca, tls_cert, tls_key              whose certificates are accepted, and the server's own
+                  insecure = false                       true: TCP without TLS, for everybody who reaches it
     [log]         level = "info", format = "text"        (or "json")
     [metrics]     address = "127.0.0.1:1338"             Prometheus, at /metrics and /v1/metrics
     [tracing]     endpoint, service_name                 OpenTelemetry over OTLP/gRPC, when its packages are installed
@@ -53,6 +57,20 @@ class Services(Socket):
 
 
 @dataclass(frozen=True)
+class Docker(Socket):
+    """The Docker engine's socket, and the same over TCP."""
+
+    group: str = "docker"
+    """Owns the socket when `gid` does not say otherwise and the machine has the group."""
+    tcp: str = ""
+    """HOST:PORT; "" is none."""
+    tls_ca: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    insecure: bool = False
+
+
+@dataclass(frozen=True)
 class Log:
     """What is logged, and how."""
 
@@ -95,7 +113,7 @@ class Config:
     idle_exit_s: float = 0
     """Leave after so many seconds without clients and containers; 0 is never."""
     containerd: Services = field(default_factory=Services)
-    docker: Socket = field(default_factory=Socket)
+    docker: Docker = field(default_factory=Docker)
     log: Log = field(default_factory=Log)
     metrics: Metrics = field(default_factory=Metrics)
     tracing: Tracing = field(default_factory=Tracing)
@@ -157,7 +175,7 @@ def parse(text: str, where: str, environ: Mapping[str, str], uid: int) -> Config
     except tomllib.TOMLDecodeError as error:
         raise InvalidArgument(f"{where}: {error}") from None
     root, state, _ = _folders(environ, uid)
-    tables = {"containerd": Services, "docker": Socket, "log": Log, "metrics": Metrics, "tracing": Tracing, "runtimes": Runtimes}
+    tables = {"containerd": Services, "docker": Docker, "log": Log, "metrics": Metrics, "tracing": Tracing, "runtimes": Runtimes}
     values: dict[str, Any] = {"root": root, "state": state}
     parts: dict[str, Any] = {}
     try:

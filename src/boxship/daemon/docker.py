@@ -1,14 +1,15 @@
 """The Docker engine in the daemon: its settings out of the configuration, its application on its socket.
 
 Runs in: the daemon, on its event loop.
-Settings: the table [engine] (namespace, snapshotter, default_runtime, cgroup_parent, init, and [engine.runtimes] with NAME =
-"runtime" or ["runtime", "binary"]); registries as in [images] and [registry]; [network] has the fields of
+Settings: the table [engine] (namespace, snapshotter, default_runtime, cgroup_parent, init, cdi_directories, and [engine.runtimes]
+with NAME = "runtime" or ["runtime", "binary"]); registries as in [images] and [registry]; [network] has the fields of
 boxship.network.Settings.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import grp
 import hashlib
 import logging
 import os
@@ -20,7 +21,8 @@ from aiohttp import web
 
 from boxship import engine
 from boxship.api.containerd.services import Containerd
-from boxship.daemon.config import ROOT, Config
+from boxship.daemon.config import ROOT, Config, Docker
+from boxship.daemon.remote import Remote
 from boxship.images.configuration import configure
 from boxship.kit.errors import InvalidArgument
 from boxship.network import Settings as NetworkSettings
@@ -29,6 +31,7 @@ log = logging.getLogger("boxship.engine")
 
 NEEDS = {"containers", "content", "diff", "events", "images", "leases", "namespaces", "snapshots", "tasks"}
 """Services without which there is no engine."""
+LISTS = {"cdi_directories"}
 TEXTS = ("namespace", "snapshotter", "default_runtime", "cgroup_parent", "init")
 
 
@@ -40,6 +43,10 @@ def settings(table: Mapping[str, Any], address: str) -> engine.Settings:
             if not isinstance(value, str):
                 raise InvalidArgument(f"engine.{key} is not a text")
             values[key] = value
+        elif key in LISTS:
+            if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+                raise InvalidArgument(f"engine.{key} is not a list of texts")
+            values[key] = tuple(value)
         elif key == "runtimes" and isinstance(value, dict):
             values[key] = dict(engine.Settings().runtimes)
             for name, what in value.items():
@@ -78,10 +85,11 @@ def _warned(host: str, text: str) -> None:
 class Served:
     """The engine on its socket."""
 
-    def __init__(self, runner: web.AppRunner, path: str, own: bool) -> None:
+    def __init__(self, runner: web.AppRunner, path: str, own: bool, remote: Remote | None) -> None:
         self._runner = runner
         self._path = path
         self._own = own
+        self._remote = remote
 
     def connections(self) -> int:
         """How many clients are connected."""
@@ -89,12 +97,26 @@ class Served:
 
     async def close(self) -> None:
         """End it; the socket goes when it is not systemd's."""
+        if self._remote is not None:
+            self._remote.close()
         await self._runner.cleanup()
         if self._own:
             try:
                 os.unlink(self._path)
             except FileNotFoundError:
                 pass
+
+
+def _give(path: str, settings: Docker) -> None:
+    """The owner and the group of the socket. Raises OSError."""
+    gid = settings.gid
+    if gid < 0 and settings.group and os.geteuid() == 0:
+        try:
+            gid = grp.getgrnam(settings.group).gr_gid
+        except KeyError:
+            pass  # then it is root's alone
+    if settings.uid >= 0 or gid >= 0:
+        os.chown(path, settings.uid, gid)
 
 
 async def serve(containerd: Containerd, config: Config, listener: socket.socket | None) -> Served:
@@ -116,9 +138,11 @@ async def serve(containerd: Containerd, config: Config, listener: socket.socket 
             finally:
                 os.umask(before)
             os.chmod(path, config.docker.mode)
-            if config.docker.uid >= 0 or config.docker.gid >= 0:
-                os.chown(path, config.docker.uid, config.docker.gid)
+            _give(path, config.docker)
+        remote = Remote(config.docker, path) if config.docker.tcp else None
+        if remote is not None:
+            await remote.listen()
     except BaseException:
         await runner.cleanup()
         raise
-    return Served(runner, path, listener is None)
+    return Served(runner, path, listener is None, remote)

@@ -7,7 +7,8 @@ Spec: Docker Engine API, "Attach to a container"; dockerd's rules for the end of
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 from boxship.engine.hijack import Connection, Detacher, frame
 from boxship.engine.stdio import STDERR, STDOUT, Streams, Subscriber
@@ -16,6 +17,17 @@ from boxship.engine.stdio import STDERR, STDOUT, Streams, Subscriber
 def chosen(*, stdout: bool, stderr: bool) -> frozenset[int]:
     """The streams that a client wants to read."""
     return frozenset([*([STDOUT] if stdout else []), *([STDERR] if stderr else [])])
+
+
+async def until_one_ends(*work: Coroutine[Any, Any, None]) -> None:
+    """Run all side by side until the first is over; the others are cancelled, and waited for."""
+    running = [asyncio.ensure_future(each) for each in work]
+    try:
+        await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for each in running:
+            each.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
 
 async def serve(
@@ -56,14 +68,8 @@ async def serve(
             continue  # nothing of it is for the process
         await connection.lost.wait()
 
-    work = [asyncio.ensure_future(output()), asyncio.ensure_future(watch())]
-    if stdin:
-        work.append(asyncio.ensure_future(input_()))
     try:
-        await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
+        await until_one_ends(output(), watch(), *([input_()] if stdin else []))
     finally:
-        for each in work:
-            each.cancel()
-        await asyncio.gather(*work, return_exceptions=True)
         streams.unsubscribe(subscriber)
     return detached

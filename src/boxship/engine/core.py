@@ -25,6 +25,7 @@ from boxship.images.transfer import Images as Mover
 from boxship.kit.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from boxship.network import Network, Networks
 from boxship.network import Settings as NetworkSettings
+from boxship.oci.cdi import CDI_DIRECTORIES
 
 LABEL = "boxship.engine"
 """On containerd's containers: the id of the engine that made them."""
@@ -46,7 +47,9 @@ class Settings(NamedTuple):
     default_runtime: str = "boxrun"
     cgroup_parent: str = "/boxship"
     init: str = ""
-    """Path of the program that --init puts first; "" to look for one."""
+    """Name or path of the program that --init puts first; "" for our own."""
+    cdi_directories: tuple[str, ...] = CDI_DIRECTORIES
+    """Where vendors' descriptions of devices lie."""
     address: str = ""
     """Where containerd is, for `docker info`."""
     mirrors: tuple[str, ...] = ()
@@ -160,6 +163,13 @@ class Core:
     def used_by(self, volume: str) -> list[Container]:
         """The containers that have the volume."""
         return [each for each in self.containers() if any(point.get("Name") == volume for point in each.mounts)]
+
+    def release_volumes(self, container: Container) -> None:
+        """Unmount the volumes of a container that does not run, but for those of others that do."""
+        for point in container.mounts:
+            name = point.get("Name", "")
+            if name and not any(each.state.running or each.lock.locked() for each in self.used_by(name) if each is not container):
+                self.volumes.release(name)
 
     def image_users(self) -> dict[str, int]:
         """Number of containers by image id."""

@@ -22,7 +22,9 @@ from boxship.engine import networking, shapes, times, validate, volumes
 from boxship.engine.container import Container
 from boxship.engine.core import LABEL, RUNC_V2, Core, packed
 from boxship.engine.images import Image
-from boxship.kit.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported, from_os_error
+from boxship.engine.spec import DEFAULT_PATH
+from boxship.kit.errors import FailedPrecondition, InvalidArgument, NotFound, from_os_error
+from boxship.linux.mounts import umount_below
 from boxship.linux.roots import Root
 
 SPEC_URL = "types.containerd.io/opencontainers/runtime-spec/1/Spec"
@@ -190,17 +192,22 @@ async def _fill_volumes(core: Core, container: Container) -> None:
     """Empty volumes get what the image has at their place."""
     points = [point for point in container.mounts if point["Type"] == "volume" and point.get("_copy",
         True) and not point.get("_from")]
-    points = [point for point in points if not os.listdir(core.volumes.path(point["Name"]))]
-    if not points:
-        return
-    mounts = await core.snapshots.mounts(container.id)
+    for point in points:
+        await core.volumes.mount(point["Name"])
+    try:
+        points = [point for point in points if not os.listdir(core.volumes.path(point["Name"]))]
+        if not points:
+            return
+        mounts = await core.snapshots.mounts(container.id)
 
-    def work() -> None:
-        with Root(mounts, read_only=True) as root:
-            for point in points:
-                volumes.populate(root, point["Destination"], core.volumes.path(point["Name"]))
+        def work() -> None:
+            with Root(mounts, read_only=True) as root:
+                for point in points:
+                    volumes.populate(root, point["Destination"], core.volumes.path(point["Name"]))
 
-    await asyncio.get_running_loop().run_in_executor(None, work)
+        await asyncio.get_running_loop().run_in_executor(None, work)
+    finally:
+        core.release_volumes(container)
 
 
 async def discard(core: Core, container: Container) -> None:
@@ -218,6 +225,8 @@ def sweep(*folders: str) -> None:
 
     def work() -> None:
         for folder in folders:
+            if os.path.isdir(f"{folder}/parts"):
+                umount_below(folder)  # else what is mounted there would be removed, and it is a volume's
             shutil.rmtree(folder, ignore_errors=True)
 
     asyncio.get_running_loop().run_in_executor(None, work)
@@ -258,11 +267,13 @@ def forget(core: Core, container: Container, *, with_volumes: bool) -> None:
 
 
 def init_program(core: Core) -> str:
-    """The program that --init puts first. Raises Unsupported when there is none."""
-    candidates = [core.settings.init] if core.settings.init else ["docker-init", "tini-static", "tini", "catatonit"]
-    for name in candidates:
-        if found := shutil.which(name, path="/usr/libexec/docker:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"):
-            return found
-    raise Unsupported("no init program found", "install tini or catatonit")
+    """The program that --init puts first: the one of the settings, or this package's own (src/native/reaper.c).
 
-
+    Raises NotFound when there is none.
+    """
+    if not core.settings.init:
+        return os.path.join(os.path.dirname(__file__), "docker-init")
+    found = shutil.which(core.settings.init, path=f"/usr/libexec/docker:{DEFAULT_PATH}")
+    if found is None:
+        raise NotFound(f"the init program {core.settings.init} of the configuration is not there")
+    return found

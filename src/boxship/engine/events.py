@@ -90,7 +90,8 @@ class Events:
             if kind == "container" and attributes.get("image"):
                 event["from"] = attributes["image"]
         event |= {
-            "Type": kind, "Action": action, "Actor": {"ID": identifier, "Attributes": attributes}, "scope": "local",
+            "Type": kind, "Action": action, "Actor": {"ID": identifier, "Attributes": dict(sorted(attributes.items()))},
+            "scope": "local",
             "time": stamp // 1_000_000_000, "timeNano": stamp,
         }
         self._kept.append(event)

@@ -131,12 +131,17 @@ def failure(error: BoxshipError, extra: dict[str, str]) -> web.Response:
     if status == 304:
         return web.Response(status=304, headers=extra)
     return web.Response(
-        status=status, body=json.dumps({"message": str(error)}).encode() + b"\n", content_type=_DATA_JSON, headers=extra)
+        status=status, body=encoded({"message": str(error)}), content_type=_DATA_JSON, headers=extra)
+
+
+def encoded(value: Any) -> bytes:
+    """A line of JSON in the very bytes that Go's encoder writes: nothing between the tokens, text as UTF-8."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
 
 
 def answer(value: Any, status: int = 200) -> web.Response:
     """JSON."""
-    return web.Response(status=status, body=json.dumps(value).encode() + b"\n", content_type=_DATA_JSON)
+    return web.Response(status=status, body=encoded(value), content_type=_DATA_JSON)
 
 
 def nothing(status: int = 204) -> web.Response:
@@ -207,10 +212,10 @@ async def progress(request: web.Request, steps: AsyncIterator[dict[str, Any]], *
         await stream.begin()
     try:
         async for step in steps:
-            await stream.send(json.dumps(step).encode() + b"\r\n")
+            await stream.send(encoded(step)[:-1] + b"\r\n")
     except BoxshipError as error:
         if not stream.response.prepared:
             raise
         text = {"errorDetail": {"message": str(error)}, "error": str(error)}
-        await stream.send(json.dumps(text).encode() + b"\r\n")
+        await stream.send(encoded(text)[:-1] + b"\r\n")
     return await stream.end()

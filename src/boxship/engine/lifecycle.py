@@ -24,7 +24,7 @@ from boxship.engine.core import LABEL, Core, packed
 from boxship.engine.errors import Failed, NotModified
 from boxship.engine.health import Checker
 from boxship.engine.logs import open_log
-from boxship.engine.startup import Accounts, release_shared_memory, specification
+from boxship.engine.startup import Accounts, release, specification
 from boxship.engine.stdio import Streams
 from boxship.kit.errors import BoxshipError, FailedPrecondition, InvalidArgument, NotFound, Unavailable, from_os_error
 from boxship.oci.text import dumps
@@ -68,7 +68,7 @@ class Lifecycle:
             self._cancel_restart(container)
             container.state.restarting = False
             container.manually_stopped = False
-            container.restart_delay = 0.0
+            container.restart_delay, container.restart_count = 0.0, 0
             await self._start(container)
 
     async def _start(self, container: Container) -> None:
@@ -148,7 +148,7 @@ class Lifecycle:
         streams.close()
         self._close_log(container)
         container.streams = None
-        release_shared_memory(container)
+        release(core, container)
         networking.release(core, container)
         failure = Failed.of(error)
         state = container.state
@@ -181,12 +181,12 @@ class Lifecycle:
             streams.close()
             container.streams = None
             self._close_log(container)
-            release_shared_memory(container)
+            release(core, container)
             self.checker.end(container)
             ran = times.nanoseconds(at) - times.nanoseconds(state.started_at)
             state.running, state.paused, state.pid = False, False, 0
             state.exit_code, state.finished_at = code, at
-            again = self._restarts(container, code) and not self._closing
+            again = self._restarts(container, code)
             if again:
                 container.restart_count += 1
                 state.running, state.restarting = True, True
@@ -203,7 +203,7 @@ class Lifecycle:
             await self._end_task(container)
             if removed:
                 await create.discard(core, container)
-            if again:
+            if again and not self._closing:
                 container.restart_task = self.spawn(self._restart_later(container, ran / 1e9))
 
     async def _end_task(self, container: Container) -> None:
@@ -444,6 +444,23 @@ class Lifecycle:
         await self._reconcile()
         self._reconcile_networks()
         await self._clean()
+        for container in core.containers():
+            if self._starts_with_the_daemon(container):
+                self.spawn(self._start_again(container))
+
+    @staticmethod
+    def _starts_with_the_daemon(container: Container) -> bool:
+        """Docker's rule: `always` also what was stopped by hand, `unless-stopped` what was not; neither what never ran."""
+        state, policy = container.state, container.host["RestartPolicy"]["Name"]
+        if state.running or state.restarting or state.removing or state.dead or state.started_at == times.ZERO:
+            return False
+        return policy == "always" or (policy == "unless-stopped" and not container.manually_stopped)
+
+    async def _start_again(self, container: Container) -> None:
+        try:
+            await self.start(container)
+        except BoxshipError:
+            pass  # it runs already, or cannot be started: its record says why
 
     def _reconcile_networks(self) -> None:
         """Take down the networks of containers that run no more."""

@@ -310,6 +310,15 @@ def _device_nodes(mapping: dict[str, Any]) -> list[dict[str, Any]]:
         ) from None
 
 
+def device_numbers(path: str) -> dict[str, Any]:
+    """{type, major, minor} of a device node of the host. Raises InvalidArgument."""
+    try:
+        node = _device_node(path, path)
+    except OSError as error:
+        raise InvalidArgument(f"device {path}: {(error.strerror or '').lower()}") from None
+    return {key: node[key] for key in ("type", "major", "minor")}
+
+
 def _device_node(path: str, target: str) -> dict[str, Any]:
     info = os.stat(path)
     if stat.S_ISCHR(info.st_mode):

@@ -7,11 +7,15 @@ Spec: dockerd's behaviour at ContainerStart; the specification itself is made by
 from __future__ import annotations
 
 import asyncio
+import errno
+import hashlib
 import os
+import stat
 from typing import Any
 
+from boxship.abi import mount as m
 from boxship.api.containerd.pb import tasks, types
-from boxship.engine import networking, spec, volumes
+from boxship.engine import devices, networking, spec, volumes
 from boxship.engine.container import Container
 from boxship.engine.core import Core
 from boxship.engine.create import init_program
@@ -87,6 +91,9 @@ async def specification(core: Core, accounts: Accounts, container: Container) ->
     config, host = container.config, container.host
     user = await accounts.find(container, config["User"])
     namespaces = _namespaces(core, container)
+    for point in container.mounts:
+        if point["Type"] == "volume":
+            await core.volumes.mount(point["Name"])
     hostname = config["Hostname"] if namespaces["uts"] is not None else os.uname().nodename
     mode = host["NetworkMode"]
     if mode.startswith("container:"):
@@ -98,7 +105,9 @@ async def specification(core: Core, accounts: Accounts, container: Container) ->
         hostname=hostname, cgroups_path=f"{host['CgroupParent'] or core.settings.cgroup_parent}/{container.id}",
         shm_path=_shared_memory(core, container),
         init=init_program(core) if host["Init"] and not host["PidMode"] else "")
-    return spec.build(config, host, [container.path, *container.args], inputs)
+    made = spec.build(config, host, [container.path, *container.args], inputs)
+    devices.add(made, host["DeviceRequests"] or [], core.settings.cdi_directories)
+    return made
 
 
 def _joined(core: Core, mode: str, kind: str) -> Container:
@@ -191,7 +200,7 @@ def _mounts(core: Core, container: Container) -> list[dict[str, Any]]:
         made.append({"destination": os.path.normpath(path), "type": "tmpfs", "source": "tmpfs",
                      "options": [*dict.fromkeys([*defaults, *words])]})
     for point in container.mounts:
-        made.append(volumes.as_spec(point, _source(core, point)))
+        made.append(volumes.as_spec(point, _source(core, container, point)))
     owner = container
     if host["NetworkMode"].startswith("container:"):
         owner = core.get(host["NetworkMode"][10:])
@@ -202,18 +211,11 @@ def _mounts(core: Core, container: Container) -> list[dict[str, Any]]:
     return made
 
 
-def _source(core: Core, point: dict[str, Any]) -> str:
+def _source(core: Core, container: Container, point: dict[str, Any]) -> str:
     if point["Type"] == "volume":
         core.volumes.get(point["Name"])
         path = core.volumes.path(point["Name"])
-        if sub := point.get("_subpath"):
-            real = os.path.realpath(os.path.join(path, sub))
-            if not real.startswith(f"{path}/"):
-                raise InvalidArgument(f"subpath {sub} leads out of the volume")
-            if not os.path.exists(real):
-                raise NotFound(f"cannot access path {real}: lstat {real}: no such file or directory")
-            return real
-        return path
+        return _part(container, path, point) if point.get("_subpath") else path
     source = str(point["Source"])
     if point["Type"] == "bind" and point.get("_create") and not os.path.lexists(source):
         try:
@@ -221,6 +223,37 @@ def _source(core: Core, point: dict[str, Any]) -> str:
         except OSError as error:
             raise from_os_error(error, f"error while creating mount source path '{source}'") from None
     return source
+
+
+def _part(container: Container, volume: str, point: dict[str, Any]) -> str:
+    """A part of a volume, mounted in the container's directory: what another container does to the volume's links meanwhile
+    cannot lead the runtime elsewhere. Raises NotFound, InvalidArgument."""
+    part = str(point["_subpath"])
+    try:
+        with Root(path=volume) as root:
+            fd = root.open_beneath(part)
+    except OSError as error:
+        if error.errno in (errno.EXDEV, errno.ELOOP):
+            raise InvalidArgument(f"subpath {part} leads out of the volume") from None
+        raise NotFound(f"cannot access path {volume}/{part}: {(error.strerror or '').lower()}") from None
+    place = container.file(f"parts/{hashlib.sha256(point['Destination'].encode()).hexdigest()[:16]}")
+    try:
+        volumes.unmount(place)
+        os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            os.makedirs(place, exist_ok=True)
+        else:
+            os.close(os.open(place, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        tree = linux.open_tree(fd, "", m.OPEN_TREE_CLONE | m.AT_EMPTY_PATH)
+        try:
+            linux.move_mount(tree, m.AT_FDCWD, place)
+        finally:
+            os.close(tree)
+    except OSError as error:
+        raise from_os_error(error, f"mounting {part}") from None
+    finally:
+        os.close(fd)
+    return place
 
 
 def _shared_memory(core: Core, container: Container) -> str:
@@ -241,8 +274,6 @@ def _shared_memory(core: Core, container: Container) -> str:
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
         if not container.shm_mounted and not os.path.ismount(path):
-            from boxship.abi import mount as m
-
             linux.mount("shm", path, "tmpfs", m.MS_NOSUID | m.MS_NOEXEC | m.MS_NODEV,
                 f"mode=1777,size={container.host['ShmSize']}")
         container.shm_mounted = True
@@ -251,11 +282,12 @@ def _shared_memory(core: Core, container: Container) -> str:
     return path
 
 
-def release_shared_memory(container: Container) -> None:
-    """Unmount what `_shared_memory` mounted; also what a former daemon did."""
-    path = container.file("shm")
-    if container.host["IpcMode"] == "shareable" and os.path.ismount(path):
-        from boxship.abi import mount as m
-
-        linux.umount(path, m.MNT_DETACH)
+def release(core: Core, container: Container) -> None:
+    """Unmount what was mounted for a container that does not run any more, by this daemon or a former one."""
+    if container.host["IpcMode"] == "shareable":
+        volumes.unmount(container.file("shm"))
     container.shm_mounted = False
+    if os.path.isdir(parts := container.file("parts")):
+        for name in os.listdir(parts):
+            volumes.unmount(f"{parts}/{name}")
+    core.release_volumes(container)

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from boxship.engine import logs, spec
-from boxship.kit.errors import InvalidArgument, Unsupported
+from boxship.kit.errors import InvalidArgument
 
 NAME = re.compile(r"/?[a-zA-Z0-9][a-zA-Z0-9_.-]+\Z")
 _RESTARTS = ("", "no", "always", "unless-stopped", "on-failure")
@@ -84,8 +84,6 @@ def check(config: dict[str, Any], host: dict[str, Any]) -> list[str]:
             host["MaskedPaths"] = list(spec.MASKED)
         if host["ReadonlyPaths"] is None:
             host["ReadonlyPaths"] = list(spec.READ_ONLY)
-    if host["DeviceRequests"]:
-        raise Unsupported("could not select device driver for device requests")
     return warnings
 
 

@@ -4,21 +4,27 @@ Runs in: the daemon.
 Spec: Docker Engine API (Volume, Mount, MountPoint); `--volume` and `--mount` of docker run.
 
     ROOT/engine/volumes/NAME/_data
+
+A volume with options is a file system of its own: it is mounted at its _data while a container that has it runs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import re
 import secrets
 import shutil
+import socket
 import stat
 from typing import Any
 
+from boxship.abi import mount as m
 from boxship.engine import times
 from boxship.engine.store import Store
-from boxship.kit.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported, from_os_error
+from boxship.kit.errors import BoxshipError, FailedPrecondition, InvalidArgument, NotFound, Unsupported, from_os_error
+from boxship.linux import mounts as linux
 from boxship.linux.roots import Root
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+\Z")
@@ -53,11 +59,34 @@ class Volumes:
         return self._records[name]
 
     def path(self, name: str) -> str:
-        """Where its files are on the host."""
-        options = self._records[name].get("Options") or {}
-        if options.get("device") and "bind" in options.get("o", "").split(","):
-            return str(options["device"])
+        """Where its files are on the host; those of a file system of its own while it is mounted."""
         return f"{self._directory}/{name}/_data"
+
+    async def mount(self, name: str) -> None:
+        """Mount a volume that is a file system of its own, if it is not yet. Raises NotFound, BoxshipError."""
+        options = self.get(name).get("Options") or {}
+        if not options.get("device"):
+            return
+        path = self.path(name)
+        words = [word for word in options.get("o", "").split(",") if word]
+
+        def work() -> None:
+            if path in linux.mount_points():  # os.path.ismount knows no bind mounts
+                return
+            try:
+                linux.attach(options["type"], options["device"], path, [_addressed(word) for word in words])
+            except OSError as error:
+                raise BoxshipError(
+                    f"error while mounting volume '{path}': failed to mount local volume: mount {options['device']}:{path}, "
+                    f"data: {options.get('o', '')}: {(error.strerror or str(error)).lower()}") from None
+
+        await asyncio.get_running_loop().run_in_executor(None, work)
+
+    def release(self, name: str) -> None:
+        """Unmount what `mount` mounted, in this daemon's time or a former one's: no container that has it runs."""
+        record = self._records.get(name)
+        if record and (record.get("Options") or {}).get("device"):
+            unmount(self.path(name))
 
     def create(
         self, name: str = "", driver: str = "local", options: dict[str, str] | None = None, labels: dict[str, str] | None = None,
@@ -75,9 +104,12 @@ class Volumes:
         for key in options:
             if key not in ("type", "o", "device", "size"):
                 raise InvalidArgument(f'create {name}: invalid option: "{key}"')
-        if options and not (options.get("device") and "bind" in options.get("o", "").split(",")):
-            raise Unsupported(f"create {name}: volumes that are file systems of their own (type={options.get('type', '')})",
-                              "use o=bind with a device, or --mount type=tmpfs")
+        if "size" in options:
+            raise InvalidArgument(f"create {name}: quota size requested but no quota support")
+        for key, needed in (("device", ("type",)), ("type", ("device",)), ("o", ("device", "type"))):
+            for other in needed if key in options else ():
+                if not options.get(other):
+                    raise InvalidArgument(f'create {name}: missing required option: "{other}"')
         if (found := self._records.get(name)) is not None:
             if options and options != (found["Options"] or {}):
                 raise FailedPrecondition(f"create {name}: volume with this name exists with other options")
@@ -100,6 +132,7 @@ class Volumes:
     def remove(self, name: str) -> None:
         """Remove a volume and its files, which nobody uses any more. Raises NotFound."""
         self.get(name)
+        self.release(name)
         del self._records[name]
         self._store.delete_volume(name)
         # A new volume may take the name at once: the files are put aside, and removed while nobody waits.
@@ -115,6 +148,26 @@ class Volumes:
     @staticmethod
     def _sweep(folder: str) -> None:
         asyncio.get_running_loop().run_in_executor(None, lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def unmount(path: str) -> None:
+    """Unmount what may be mounted at a path. Raises OSError."""
+    try:
+        linux.umount(path, m.MNT_DETACH | m.UMOUNT_NOFOLLOW)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOENT):
+            raise
+
+
+def _addressed(word: str) -> str:
+    """An option `addr=NAME` with the name's address: the kernel resolves none. Raises BoxshipError."""
+    key, _, name = word.partition("=")
+    if key != "addr" or not name:
+        return word
+    try:
+        return f"addr={socket.getaddrinfo(name, None)[0][4][0]}"
+    except OSError as error:
+        raise BoxshipError(f"error resolving passed in network volume address: lookup {name}: {error.strerror}") from None
 
 
 def size_of(path: str) -> int:

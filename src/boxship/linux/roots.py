@@ -52,6 +52,11 @@ class Root:
         """openat2(2) below the root: links are followed as inside the container, none leads out. Raises OSError."""
         return linux.openat2(self.fd, path.strip("/") or ".", flags | os.O_CLOEXEC, mode, _INSIDE)
 
+    def open_beneath(self, path: str) -> int:
+        """A descriptor (O_PATH) of a path that no link on the way leads out of. Raises OSError; EXDEV for one that does."""
+        how = m.RESOLVE_BENEATH | m.RESOLVE_NO_MAGICLINKS
+        return linux.openat2(self.fd, path.strip("/") or ".", m.O_PATH | os.O_CLOEXEC, 0, how)
+
     def open_folder(self, path: str) -> int:
         """A descriptor of a folder. Raises OSError."""
         return self.open(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -7,16 +7,15 @@ Spec: Docker Engine API v1.51, Container and Exec.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from typing import Any
 
 from aiohttp import WSMsgType, web
 
 from boxship.engine import create, hijack, logs, shapes, show, stats, validate
-from boxship.engine.attach import chosen, serve
+from boxship.engine.attach import chosen, serve, until_one_ends
 from boxship.engine.events import parse_filters
-from boxship.engine.http import VERSION, Routes, Stream, answer, body_of, flag, nothing, number
+from boxship.engine.http import VERSION, Routes, Stream, answer, body_of, encoded, flag, nothing, number
 from boxship.engine.top import top
 from boxship.kit.errors import BoxshipError, FailedPrecondition, InvalidArgument, Unsupported
 
@@ -175,7 +174,7 @@ async def wait_container(engine: Any, request: web.Request, name: str) -> web.St
     result: dict[str, Any] = {"StatusCode": container.state.exit_code}
     if container.state.error:
         result["Error"] = {"Message": container.state.error}
-    await stream.send(json.dumps(result).encode() + b"\n")
+    await stream.send(encoded(result))
     return await stream.end()
 
 
@@ -244,13 +243,9 @@ async def attach_websocket(engine: Any, request: web.Request, name: str) -> web.
                 await streams.started.wait()
                 await streams.write_stdin(message.data if isinstance(message.data, bytes) else message.data.encode())
 
-    work = [asyncio.ensure_future(output()), asyncio.ensure_future(input_())]
     try:
-        await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
+        await until_one_ends(output(), input_())
     finally:
-        for each in work:
-            each.cancel()
-        await asyncio.gather(*work, return_exceptions=True)
         streams.unsubscribe(subscriber)
     await socket.close()
     return socket
@@ -315,7 +310,7 @@ async def container_stats(engine: Any, request: web.Request, name: str) -> web.S
     while True:
         began = time.monotonic()
         present = await stats.sample(engine.core, container)
-        await stream.send(json.dumps(stats.shown(container, present, former)).encode() + b"\n")
+        await stream.send(encoded(stats.shown(container, present, former)))
         if not streaming or container.id not in engine.core.by_id:
             return await stream.end()
         former = present

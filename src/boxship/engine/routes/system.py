@@ -7,7 +7,6 @@ Spec: Docker Engine API v1.51, System, Volume.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from typing import Any
 
@@ -15,8 +14,9 @@ from aiohttp import web
 
 import boxship
 from boxship.engine import shapes, show, times
+from boxship.engine.devices import known
 from boxship.engine.events import event_filters, labelled, parse_filters
-from boxship.engine.http import API_MIN_VERSION, API_VERSION, VERSION, Routes, Stream, answer, body_of, flag, nothing
+from boxship.engine.http import API_MIN_VERSION, API_VERSION, VERSION, Routes, Stream, answer, body_of, encoded, flag, nothing
 from boxship.engine.logs import DRIVERS
 from boxship.engine.volumes import size_of
 from boxship.kit.errors import BoxshipError, FailedPrecondition, NotFound, Unavailable
@@ -96,6 +96,12 @@ async def info(engine: Any, request: web.Request) -> web.StreamResponse:
     unified = os.path.exists("/sys/fs/cgroup/cgroup.controllers")
     name = os.uname()
     v1 = {each: unified or os.path.isdir(f"/sys/fs/cgroup/{each}") for each in ("memory", "cpu", "cpuset", "pids")}
+    warnings: list[str] = []
+    devices: list[str] = []
+    try:
+        devices = sorted(known(core.settings.cdi_directories))
+    except BoxshipError as error:
+        warnings.append(f"WARNING: {error}")
     with open("/proc/sys/net/ipv4/ip_forward", encoding="ascii") as file:
         forwarding = file.read().strip() == "1"
     return answer({
@@ -126,9 +132,10 @@ async def info(engine: Any, request: web.Request) -> web.StreamResponse:
         "RemoteManagers": None},
         "LiveRestoreEnabled": True, "Isolation": "", "InitBinary": "docker-init", "ContainerdCommit": {"ID": ""},
         "RuncCommit": {"ID": ""}, "InitCommit": {"ID": ""}, "SecurityOptions": ["name=seccomp,profile=builtin"],
-        "CDISpecDirs": [],
+        "CDISpecDirs": list(core.settings.cdi_directories),
+        **({"DiscoveredDevices": [{"Source": "cdi", "ID": name} for name in devices]} if devices else {}),
         "Containerd": {"Address": core.settings.address, "Namespaces": {"Containers": core.settings.namespace, "Plugins": ""}},
-        "Warnings": None,
+        "Warnings": warnings or None,
     })
 
 
@@ -139,7 +146,7 @@ async def events(engine: Any, request: web.Request) -> web.StreamResponse:
     stream = Stream(request, "application/json")
     await stream.begin()
     async for event in engine.core.events.listen(since, until, filters):
-        await stream.send(json.dumps(event).encode() + b"\n")
+        await stream.send(encoded(event))
     return await stream.end()
 
 
