@@ -16,7 +16,7 @@ from boxship.api.containerd.call import Call
 from boxship.api.containerd.services import Containerd
 from boxship.engine.container import Container
 from boxship.engine.events import Events
-from boxship.engine.images import Images
+from boxship.engine.images import Image, Images
 from boxship.engine.rootfs import Snapshots
 from boxship.engine.store import Store
 from boxship.engine.volumes import Volumes
@@ -72,7 +72,7 @@ class Core:
         self.events = Events()
         self.snapshots = Snapshots(containerd, self.call, snapshotter, mover)
         self.images = Images(containerd, self.call, self.snapshots, Builtins(containerd, f"{root}/builtin"))
-        self.volumes = Volumes(self.store, f"{self.directory}/volumes")
+        self.volumes = Volumes(self.store, f"{self.directory}/volumes", self.events)
         self.networks = Networks(root, state, settings.network, self.store.id, self._network_event)
         self.by_id: dict[str, Container] = {}
         self._names: dict[str, str] = {}
@@ -159,6 +159,20 @@ class Core:
         if "." in name and not name.startswith(".") and "/" not in name:
             return name, ""
         raise InvalidArgument(f"unknown or invalid runtime name: {name}")
+
+    def announce_image(self, action: str, image: Image, name: str = "") -> None:
+        """An event of an image, with its labels."""
+        labels = image.container_config.get("Labels") or {}
+        self.events.publish("image", action, image.id, {**labels, "name": name or image.id})
+
+    def announce_volumes(self, container: Container, action: str) -> None:
+        """The events of a container's volumes, `mount` and `unmount`."""
+        for point in container.mounts:
+            if point["Type"] == "volume":
+                more = {} if action == "unmount" else {
+                    "destination": point["Destination"], "propagation": point["Propagation"],
+                    "read/write": "true" if point["RW"] else "false"}
+                self.events.publish("volume", action, point["Name"], {"driver": "local", "container": container.id, **more})
 
     def used_by(self, volume: str) -> list[Container]:
         """The containers that have the volume."""

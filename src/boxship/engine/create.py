@@ -96,6 +96,8 @@ async def create(core: Core, body: Any, name: str) -> tuple[Container, list[str]
         raise InvalidArgument("config cannot be empty in order to create a container")
     config = shapes.shape(body, shapes.CONTAINER_CONFIG, "Config")
     host = shapes.shape(shapes.member(body, "HostConfig") or {}, shapes.HOST_CONFIG, "HostConfig")
+    # docker-py's low-level client has it beside HostConfig, where Docker itself never looks.
+    host["Runtime"] = host["Runtime"] or str(shapes.member(body, "Runtime") or "")
     name = validate.name(name) if name else _random_name(core)
     warnings = validate.check(config, host)
     networks = networking.asked(core, shapes.member(body, "NetworkingConfig"), config, host)
@@ -261,7 +263,6 @@ def forget(core: Core, container: Container, *, with_volumes: bool) -> None:
                     core.volumes.remove(name)
                 except NotFound:
                     continue  # removed by hand
-                core.events.publish("volume", "destroy", name, {"driver": "local"})
     core.announce(container, "destroy")
     container.wake(container.removed)
 

@@ -86,7 +86,7 @@ class Events:
         stamp = time.time_ns()
         event: dict[str, Any] = {}
         if kind in ("container", "image"):
-            event = {"status": action, "id": identifier}
+            event = {"status": action} | ({"id": identifier} if identifier else {})
             if kind == "container" and attributes.get("image"):
                 event["from"] = attributes["image"]
         event |= {

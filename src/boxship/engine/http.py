@@ -134,9 +134,16 @@ def failure(error: BoxshipError, extra: dict[str, str]) -> web.Response:
         status=status, body=encoded({"message": str(error)}), content_type=_DATA_JSON, headers=extra)
 
 
-def encoded(value: Any) -> bytes:
-    """A line of JSON in the very bytes that Go's encoder writes: nothing between the tokens, text as UTF-8."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
+_FOR_HTML = str.maketrans({letter: f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"})
+
+
+def encoded(value: Any, *, html: bool = False) -> bytes:
+    """A line of JSON in the very bytes that Go's encoder writes: nothing between the tokens, text as UTF-8.
+
+    With `html` as its default has it: <, > and & are written as numbers (they are in strings only).
+    """
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return (text.translate(_FOR_HTML) if html else text).encode("utf-8", "replace") + b"\n"
 
 
 def answer(value: Any, status: int = 200) -> web.Response:

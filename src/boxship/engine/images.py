@@ -27,6 +27,8 @@ from boxship.oci import reference
 from boxship.oci.image import INDEX_TYPES, MANIFEST_TYPES, Descriptor, Index, Manifest, decode_manifest
 
 DANGLING = "moby-dangling@"
+PARENT = "org.mobyproject.image.parent"
+"""On the content of a manifest, as dockerd has it: the image that this one was committed or built on."""
 _BLOB_MAX = 8 << 20
 _LEGACY = {
     "Hostname": "", "Domainname": "", "AttachStdin": False, "AttachStdout": False, "AttachStderr": False, "Tty": False,
@@ -252,6 +254,15 @@ class Images:
             "SharedSize": shared, "Size": await self.size(image),
         }
 
+    async def _parent(self, image: Image) -> str:
+        """The id of the image that this one was made of here, "" for none."""
+        try:
+            info = (await self._containerd.content.Info(
+                content.InfoRequest(digest=image.manifest.digest), self._call)).info
+        except NotFound:
+            return ""
+        return str(info.labels.get(PARENT, ""))
+
     async def inspect(self, name: str, *, legacy: bool = False) -> dict[str, Any]:
         """As `docker image inspect` shows it; `legacy` has the fields that the API lost with 1.50."""
         image = await self.get(name)
@@ -260,7 +271,7 @@ class Images:
         config = image.config
         defaults = image.container_config
         return {
-            "Id": image.id, "RepoTags": tags, "RepoDigests": digests, "Parent": "",
+            "Id": image.id, "RepoTags": tags, "RepoDigests": digests, "Parent": await self._parent(image),
             "Comment": ((config.get("history") or [{}])[-1] or {}).get("comment", ""),
             "Created": times.rfc3339(image.created) if image.created else config.get("created") or times.ZERO,
             "DockerVersion": config.get("docker_version", ""), "Author": config.get("author", ""),

@@ -404,6 +404,7 @@ class Lifecycle:
                     self._end_restarting(container)
             else:
                 await self._signal(container, signal.SIGKILL)
+                self._core.announce(container, "kill", signal=str(int(signal.SIGKILL)))
                 if state.paused:
                     try:
                         await self.unpause(container)

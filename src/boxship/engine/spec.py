@@ -92,7 +92,7 @@ def build(config: dict[str, Any], host: dict[str, Any], command: list[str], inpu
         "maskedPaths": _paths(host["MaskedPaths"], MASKED, privileged=privileged),
         "readonlyPaths": _paths(host["ReadonlyPaths"], READ_ONLY, privileged=privileged),
     }
-    if sysctls := _sysctls(host, inputs):
+    if sysctls := _sysctls(config, host, inputs):
         linux["sysctl"] = sysctls
     if devices := _devices(host):
         linux["devices"] = devices
@@ -104,14 +104,12 @@ def build(config: dict[str, Any], host: dict[str, Any], command: list[str], inpu
     }
     if inputs.namespaces.get("uts") is not None:
         spec["hostname"] = inputs.hostname
-        if config["Domainname"]:
-            spec["domainname"] = config["Domainname"]
     if host["Annotations"]:
         spec["annotations"] = dict(host["Annotations"])
     propagations = [option for mount in inputs.mounts for option in mount["options"] if option in ("rshared", "shared", "rslave",
         "slave")]
     if propagations:
-        linux["rootfsPropagation"] = "rshared" if any("shared" in each for each in propagations) else "rslave"
+        linux["rootfsPropagation"] = "shared" if any("shared" in each for each in propagations) else "rslave"
     return spec
 
 
@@ -248,8 +246,8 @@ def resources(host: dict[str, Any]) -> dict[str, Any]:
     for name, values in (("memory", memory), ("cpu", cpu), ("blockIO", block)):
         if set_values := {key: value for key, value in values.items() if value is not None}:
             found[name] = set_values
-    if (limit := host["PidsLimit"]) is not None:
-        found["pids"] = {"limit": limit if limit > 0 else -1}
+    if limit := host["PidsLimit"]:
+        found["pids"] = {"limit": max(limit, -1)}
     return found
 
 
@@ -352,8 +350,10 @@ def _devices(host: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _sysctls(host: dict[str, Any], inputs: Inputs) -> dict[str, str]:
+def _sysctls(config: dict[str, Any], host: dict[str, Any], inputs: Inputs) -> dict[str, str]:
     found = {}
+    if config["Domainname"] and inputs.namespaces.get("uts") is not None:
+        found["kernel.domainname"] = config["Domainname"]  # the specification's `domainname` is unknown to older runtimes
     if inputs.namespaces.get("network") == "" and inputs.namespaces.get("user") is None:
         for name, value in (("net.ipv4.ping_group_range", "0 2147483647"), ("net.ipv4.ip_unprivileged_port_start", "0")):
             if os.path.exists("/proc/sys/" + name.replace(".", "/")):
@@ -378,9 +378,6 @@ def _mounts(config: dict[str, Any], host: dict[str, Any], inputs: Inputs) -> lis
             chosen.append(f"size={host['ShmSize'] or SHM_SIZE}")
         if host["Privileged"] and destination in ("/sys", "/sys/fs/cgroup"):
             chosen = [option for option in chosen if option != "ro"]
-        if destination == "/dev/mqueue" and inputs.namespaces.get("ipc") is None:
-            # The host's queues are those of the host's namespace, which a new mount of the type would show as well.
-            kind, source, chosen = "bind", "/dev/mqueue", ["rbind", "nosuid", "noexec", "nodev"]
         mounts.append({"destination": destination, "type": kind, "source": source, "options": chosen})
     mounts += sorted(inputs.mounts, key=lambda mount: mount["destination"].count("/") if mount["destination"] != "/" else 0)
     if inputs.init:

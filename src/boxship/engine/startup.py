@@ -94,6 +94,7 @@ async def specification(core: Core, accounts: Accounts, container: Container) ->
     for point in container.mounts:
         if point["Type"] == "volume":
             await core.volumes.mount(point["Name"])
+    core.announce_volumes(container, "mount")
     hostname = config["Hostname"] if namespaces["uts"] is not None else os.uname().nodename
     mode = host["NetworkMode"]
     if mode.startswith("container:"):
@@ -198,7 +199,7 @@ def _mounts(core: Core, container: Container) -> list[dict[str, Any]]:
         given = {word.partition("=")[0] for word in words}
         defaults = [word for word, other in (("noexec", "exec"), ("nosuid", "suid"), ("nodev", "dev")) if other not in given]
         made.append({"destination": os.path.normpath(path), "type": "tmpfs", "source": "tmpfs",
-                     "options": [*dict.fromkeys([*defaults, *words])]})
+                     "options": [*dict.fromkeys([*defaults, "rprivate", *words])]})
     for point in container.mounts:
         made.append(volumes.as_spec(point, _source(core, container, point)))
     owner = container
@@ -222,7 +223,26 @@ def _source(core: Core, container: Container, point: dict[str, Any]) -> str:
             os.makedirs(source, mode=0o755)
         except OSError as error:
             raise from_os_error(error, f"error while creating mount source path '{source}'") from None
+    _check_shared(source, str(point.get("Propagation") or ""))
     return source
+
+
+def _check_shared(source: str, propagation: str) -> None:
+    """Raise InvalidArgument when mounts cannot propagate as asked for, because of the mount that the source lies on."""
+    wanted = {"shared": ("shared:",), "slave": ("shared:", "master:")}.get(propagation.removeprefix("r"))
+    if wanted is None:
+        return
+    real = os.path.realpath(source)
+    best, fields = "", [b""]
+    with open("/proc/self/mountinfo", "rb") as table:
+        for line in table:
+            words = line.partition(b" - ")[0].split(b" ")
+            point = os.fsdecode(words[4].decode("unicode_escape").encode("latin-1"))
+            if (real == point or real.startswith(point.rstrip("/") + "/")) and len(point) >= len(best):
+                best, fields = point, words[6:]
+    if not any(field.decode().startswith(wanted) for field in fields):
+        kind = "shared" if len(wanted) == 1 else "shared or slave"
+        raise InvalidArgument(f"path {source} is mounted on {best} but it is not a {kind} mount")
 
 
 def _part(container: Container, volume: str, point: dict[str, Any]) -> str:
@@ -291,3 +311,4 @@ def release(core: Core, container: Container) -> None:
         for name in os.listdir(parts):
             volumes.unmount(f"{parts}/{name}")
     core.release_volumes(container)
+    core.announce_volumes(container, "unmount")

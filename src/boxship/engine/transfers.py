@@ -19,7 +19,7 @@ from boxship.api.containerd.pb import content, diff, snapshots, types
 from boxship.engine import times
 from boxship.engine.container import Container
 from boxship.engine.core import Core
-from boxship.engine.images import DANGLING, Image, familiar
+from boxship.engine.images import DANGLING, PARENT, Image, familiar
 from boxship.images import auth, hosts, media, platforms, progress
 from boxship.images.archive import Source
 from boxship.images.export import Saved
@@ -32,6 +32,8 @@ from boxship.oci import reference
 from boxship.oci.image import MEDIA_TYPE_CONFIG, MEDIA_TYPE_LAYER_GZIP, MEDIA_TYPE_MANIFEST, Index, Platform
 
 Step = dict[str, Any]
+
+_CONFIG_MAX = 8 << 20
 
 
 def credentials(header: str, registry: str) -> auth.CredentialSource | None:
@@ -199,13 +201,13 @@ class Transfers:
                 await self._core.images.keep(former)
                 yield {"stream": f"The image {familiar(each.name)} already exists, renaming the old one with ID"
                        f" {former.digest} to empty string\n"}
+            image = await self._core.images.resolve(to_message(each.target))
             if each.name.startswith(DANGLING):
-                image = await self._core.images.resolve(to_message(each.target))
                 yield {"stream": f"Loaded image ID: {image.id}\n"}
             else:
                 await self._core.images.drop_dangling(each.target)
                 yield {"stream": f"Loaded image: {familiar(each.name)}\n"}
-            self._core.events.publish("image", "load", each.target.digest, {"name": familiar(each.name)})
+            self._core.announce_image("load", image)
 
     async def save(self, names: list[str], platform_text: str = "") -> AsyncIterator[bytes]:
         """docker save. Raises NotFound before the first piece."""
@@ -218,6 +220,8 @@ class Transfers:
             elif name and not image.id.removeprefix("sha256:").startswith(name.removeprefix("sha256:")):
                 _, records = (await self._core.images.all())[image.id]
                 entry[1].extend(each.name for each in records if not each.name.startswith(DANGLING))
+        for image, _ in wanted.values():
+            self._core.announce_image("save", image)
         saved = [Saved(from_message(image.target), tuple(dict.fromkeys(listed))) for image, listed in wanted.values()]
         async for piece in self.mover.save(saved, self._core.call, wanted=platform(platform_text)):
             yield piece
@@ -234,7 +238,9 @@ class Transfers:
             await self._core.images.put_name(f"{DANGLING}{target.digest}", to_message(target))
         await self._settle(former)
         image = await self._core.images.resolve(to_message(target))
-        self._core.events.publish("image", "import", image.id, {"name": familiar(name) if name else image.id})
+        if name:
+            self._core.announce_image("tag", image, familiar(name))
+        self._core.announce_image("import", image)
         yield {"status": image.id}
 
     # commit
@@ -284,9 +290,11 @@ class Transfers:
             }).encode()
             gc = {"containerd.io/gc.ref.content.config": config_digest} | {
                 f"containerd.io/gc.ref.content.l.{index}": each.digest for index, each in enumerate(layers)}
-            digest = await self._write(manifest, leased, gc)
+            digest = await self._write(manifest, leased, gc | {PARENT: base.id})
             target = types.Descriptor(media_type=MEDIA_TYPE_MANIFEST, digest=digest, size=len(manifest))
             await core.images.put_name(name or f"{DANGLING}{digest}", target)
+        if name:
+            core.announce_image("tag", await core.images.resolve(target), familiar(name))
         core.announce(container, "commit", comment=comment, imageID=config_digest, imageRef=familiar(name) if name else "")
         return config_digest
 
@@ -304,13 +312,20 @@ class Transfers:
             repository = Repository(transport, parsed)
             target, data = await repository.resolve(parsed.digest or parsed.tag)
             document = decode_known(data or await repository.manifest(target), target.media_type, name)
-        found = [
-            {"architecture": each.platform.architecture, "os": each.platform.os,
-            **({"variant": each.platform.variant} if each.platform.variant
-                                                                                   else {})}
-            for each in document.manifests if each.platform is not None
-        ] if isinstance(document, Index) else []
-        return {"Descriptor": {"mediaType": target.media_type, "digest": target.digest, "size": target.size}, "Platforms": found}
+            if isinstance(document, Index):
+                found = [each.platform for each in document.manifests if each.platform is not None]
+            elif document is not None and document.config.size <= _CONFIG_MAX:
+                async with repository.blob(document.config) as (_, chunks, _):
+                    raw = b"".join([chunk async for chunk in chunks])
+                document.config.verify(raw)
+                config = json.loads(raw)
+                found = [Platform(os=config.get("os", ""), architecture=config.get("architecture", ""),
+                                  variant=config.get("variant", ""))]
+            else:
+                found = []
+        shown = [{"architecture": each.architecture, "os": each.os, **({"variant": each.variant} if each.variant else {})}
+                 for each in found]
+        return {"Descriptor": {"mediaType": target.media_type, "digest": target.digest, "size": target.size}, "Platforms": shown}
 
     # login
 

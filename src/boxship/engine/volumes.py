@@ -22,6 +22,7 @@ from typing import Any
 
 from boxship.abi import mount as m
 from boxship.engine import times
+from boxship.engine.events import Events
 from boxship.engine.store import Store
 from boxship.kit.errors import BoxshipError, FailedPrecondition, InvalidArgument, NotFound, Unsupported, from_os_error
 from boxship.linux import mounts as linux
@@ -35,8 +36,9 @@ _MODES = frozenset(("ro", "rw", "z", "Z", "nocopy", "cached", "delegated", "cons
 class Volumes:
     """All volumes."""
 
-    def __init__(self, store: Store, directory: str) -> None:
+    def __init__(self, store: Store, directory: str, events: Events) -> None:
         self._store = store
+        self._events = events
         self._directory = directory
         os.makedirs(directory, mode=0o711, exist_ok=True)
         self._records = {record["Name"]: record for record in store.volumes()}
@@ -127,6 +129,7 @@ class Volumes:
             raise from_os_error(error, f"create {name}") from None
         self._store.put_volume(name, record)
         self._records[name] = record
+        self._events.publish("volume", "create", name, {"driver": "local"})
         return record
 
     def remove(self, name: str) -> None:
@@ -135,6 +138,7 @@ class Volumes:
         self.release(name)
         del self._records[name]
         self._store.delete_volume(name)
+        self._events.publish("volume", "destroy", name, {"driver": "local"})
         # A new volume may take the name at once: the files are put aside, and removed while nobody waits.
         aside = f"{self._directory}/.removed-{secrets.token_hex(8)}"
         try:
@@ -254,7 +258,7 @@ def parse_mount(mount: dict[str, Any]) -> dict[str, Any]:
         if propagation not in _PROPAGATIONS:
             raise InvalidArgument(f'invalid mount config for type "bind": invalid propagation mode: {propagation}')
         return _point("bind", destination, os.path.normpath(source), writable=writable, propagation=propagation, create=create,
-                      recursive=not options.get("NonRecursive"))
+                      recursive=not options.get("NonRecursive"), recursive_ro=not options.get("ReadOnlyNonRecursive"))
     if kind == "volume":
         options = mount.get("VolumeOptions") or {}
         return _point("volume", destination, name=source, mode="z", writable=writable, copy=not options.get("NoCopy"),
@@ -335,7 +339,8 @@ def as_spec(point: dict[str, Any], source: str) -> dict[str, Any]:
         }
     options = ["rbind" if point.get("_recursive", True) else "bind"]
     if not point["RW"]:
-        options.append("ro")
+        # What is mounted below the source is read-only too, where the kernel can do that.
+        options.append("rro" if point.get("_recursive_ro", True) and linux.kernel_version() >= (5, 12) else "ro")
     options.append(point["Propagation"] or "rprivate")
     return {"destination": point["Destination"], "type": "bind", "source": source, "options": options}
 

@@ -292,7 +292,10 @@ def _size(request: web.Request) -> tuple[int, int]:
 
 @routes.get("/containers/{name}/top")
 async def top_container(engine: Any, request: web.Request, name: str) -> web.StreamResponse:
-    return answer(await top(engine.core, engine.core.get(name), request.query.get("ps_args", "")))
+    container = engine.core.get(name)
+    found = await top(engine.core, container, request.query.get("ps_args", ""))
+    engine.core.announce(container, "top")
+    return answer(found)
 
 
 @routes.get("/containers/{name}/stats")

@@ -78,7 +78,9 @@ async def stat_path(engine: Any, request: web.Request, name: str) -> web.StreamR
 async def get_archive(engine: Any, request: web.Request, name: str) -> web.StreamResponse:
     path = _path(request)
     stream = Stream(request, "application/x-tar")
-    with await archive.place(engine.core, engine.core.get(name), path) as spot:
+    container = engine.core.get(name)
+    with await archive.place(engine.core, container, path) as spot:
+        engine.core.announce(container, "archive-path")
         stream.response.headers["X-Docker-Container-Path-Stat"] = await _stat(spot, path)
         base = os.path.basename(archive.clean(path)) or os.path.basename(spot.path.rstrip("/")) or "."
         await produced(lambda put: archive.write_tar(spot, put, base=base), stream.send)
@@ -150,5 +152,5 @@ async def put_archive(engine: Any, request: web.Request, name: str) -> web.Strea
         except asyncio.CancelledError:
             await asyncio.wait([task])
             raise
-    engine.core.announce(container, "extract-to-dir", path=path)
+    engine.core.announce(container, "extract-to-dir")
     return web.Response(status=200)

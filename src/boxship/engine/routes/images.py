@@ -132,7 +132,7 @@ async def tag(engine: Any, request: web.Request, name: str) -> web.StreamRespons
         raise InvalidArgument('refusing to create an ambiguous tag using digest algorithm as name')
     await core.images.tag(image, str(parsed.tagged()))
     await core.images.drop_dangling(image.target)
-    core.events.publish("image", "tag", image.id, {"name": familiar(str(parsed.tagged()))})
+    core.announce_image("tag", image, familiar(str(parsed.tagged())))
     return web.Response(status=201)
 
 
@@ -144,7 +144,7 @@ async def delete(engine: Any, request: web.Request, name: str) -> web.StreamResp
     for step in removed:
         kind = "untag" if "Untagged" in step else "delete"
         if kind == "untag" or step["Deleted"] == image.id:
-            core.events.publish("image", kind, image.id, {"name": step.get("Untagged", image.id)})
+            core.announce_image(kind, image)
     return answer(removed)
 
 

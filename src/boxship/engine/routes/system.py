@@ -146,7 +146,7 @@ async def events(engine: Any, request: web.Request) -> web.StreamResponse:
     stream = Stream(request, "application/json")
     await stream.begin()
     async for event in engine.core.events.listen(since, until, filters):
-        await stream.send(encoded(event))
+        await stream.send(encoded(event, html=True))
     return await stream.end()
 
 
@@ -205,10 +205,7 @@ async def list_volumes(engine: Any, request: web.Request) -> web.StreamResponse:
 async def create_volume(engine: Any, request: web.Request) -> web.StreamResponse:
     body = shapes.shape(await body_of(request), shapes.VOLUME_CREATE, "VolumeCreateRequest")
     volumes = engine.core.volumes
-    known = {row["Name"] for row in volumes.all()}
     record = volumes.create(body["Name"], body["Driver"], body["DriverOpts"], body["Labels"])
-    if record["Name"] not in known:
-        engine.core.events.publish("volume", "create", record["Name"], {"driver": "local"})
     return answer(volumes.shown(record), 201)
 
 
@@ -228,7 +225,6 @@ async def prune_volumes(engine: Any, request: web.Request) -> web.StreamResponse
             continue
         space += await asyncio.get_running_loop().run_in_executor(None, size_of, core.volumes.path(name))
         core.volumes.remove(name)
-        core.events.publish("volume", "destroy", name, {"driver": "local"})
         deleted.append(name)
     core.events.publish("volume", "prune", "", {"reclaimed": str(space)})
     return answer({"VolumesDeleted": deleted or None, "SpaceReclaimed": space})
@@ -251,7 +247,6 @@ async def remove_volume(engine: Any, request: web.Request, name: str) -> web.Str
     if users := core.used_by(name):
         raise FailedPrecondition(f"remove {name}: volume is in use - [{', '.join(each.id for each in users)}]")
     core.volumes.remove(name)
-    core.events.publish("volume", "destroy", name, {"driver": "local"})
     return nothing()
 
 
