@@ -253,6 +253,31 @@ def test_what_was_stopped_by_hand_stays_stopped(docker: Docker, name: str) -> No
     docker("rm", name)
 
 
+def test_always_means_after_a_restart_of_the_engine_too(docker: Docker, name: str) -> None:
+    for policy in ("always", "unless-stopped"):
+        docker("run", "--detach", "--network=none", "--name", f"{name}-{policy}", "--restart", policy, NAME, "sleep", "1000")
+        docker("stop", "--time", "0", f"{name}-{policy}")
+    docker.kill_engine()
+    docker.process = docker.start()
+    docker.answers()
+    docker.stage.eventually(lambda: docker.inspect(f"{name}-always", "{{.State.Status}}") == "running")
+    assert docker.inspect(f"{name}-unless-stopped", "{{.State.Status}}") == "exited"
+    docker("rm", "--force", f"{name}-always", f"{name}-unless-stopped")
+
+
+def test_init_passes_signals_on_and_buries_orphans(docker: Docker, name: str) -> None:
+    # The orphan ends at once; a program that buries nobody would leave a zombie.
+    words = ["sh", "-c", "sh -c 'sleep 0.1 &'; sleep 1000"]
+    docker("run", "--detach", "--network=none", "--init", "--name", name, NAME, *words)
+    docker.stage.eventually(lambda: docker("exec", name, "sh", "-c", "grep -l '(sleep)' /proc/[0-9]*/stat").count("stat") == 1)
+    assert "docker-init" in docker("exec", name, "cat", "/proc/1/cmdline")
+    docker("kill", "--signal", "TERM", name)
+    assert docker("wait", name) == "143"
+    docker("rm", name)
+    assert docker.code("run", "--rm", "--network=none", "--init", NAME, "sh", "-c", "exit 9") == 9
+    assert docker.code("run", "--rm", "--network=none", "--init", NAME, "not-there") == 127
+
+
 def test_pause_and_unpause(docker: Docker, sleeper: str) -> None:
     docker("pause", sleeper)
     assert docker.inspect(sleeper, "{{.State.Status}}") == "paused"
@@ -370,6 +395,23 @@ def test_volumes_are_filled_from_the_image_and_stay(docker: Docker, name: str) -
     assert docker.code("run", "--rm", "--network=none", "--volume", f"{name}:/v:ro", NAME, "touch", "/v/x") != 0
     assert name in docker("volume", "ls", "--quiet")
     docker("volume", "rm", name)
+
+
+def test_a_volume_that_is_a_file_system_is_mounted_while_it_is_used(docker: Docker, name: str) -> None:
+    docker("volume", "create", "--opt", "type=tmpfs", "--opt", "device=tmpfs", "--opt", "o=size=1m,mode=0700", name)
+    point = docker("volume", "inspect", "--format", "{{.Mountpoint}}", name)
+    words = ["run", "--detach", "--network=none", "--volume", f"{name}:/v", NAME, "sleep", "1000"]
+    one, other = docker(*words), docker(*words)
+    docker("exec", one, "sh", "-c", "echo shared > /v/f")
+    assert docker("exec", other, "cat", "/v/f") == "shared"
+    assert docker("exec", other, "grep", " /v ", "/proc/mounts").split()[0] == "tmpfs"
+    docker("rm", "--force", one)
+    assert docker("exec", other, "cat", "/v/f") == "shared"
+    docker("rm", "--force", other)
+    docker.stage.eventually(lambda: point not in docker.stage.out("cat", "/proc/1/mounts"))
+    assert docker.box("--volume", f"{name}:/v", NAME, "ls", "/v") == ""
+    docker("volume", "rm", name)
+    assert docker.code("volume", "create", "--opt", "device=tmpfs", name) == 1
 
 
 def test_binds_and_tmpfs(docker: Docker, tmp_path: Path) -> None:

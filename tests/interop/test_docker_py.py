@@ -165,6 +165,25 @@ def test_images_and_volumes(client: Any) -> None:
     volume.remove()
 
 
+def test_a_part_of_a_volume_is_mounted_and_none_leads_out_of_it(client: Any) -> None:
+    client.volumes.create("parts")
+    run(client, "sh", "-c", "mkdir /v/a; echo in > /v/a/f; ln -s /etc /v/out", volumes={"parts": {"bind": "/v"}}, remove=True)
+
+    def part(path: str, *command: str) -> Any:
+        mount = docker.types.Mount("/p", "parts")
+        mount["VolumeOptions"] = {"Subpath": path}
+        return run(client, *command, mounts=[mount], remove=True)
+
+    assert part("a", "cat", "/p/f") == b"in\n"
+    assert part("a/f", "cat", "/p") == b"in\n"
+    with pytest.raises(docker.errors.APIError, match="leads out of the volume"):
+        part("out", "ls", "/p")
+    with pytest.raises(docker.errors.APIError, match="cannot access path"):
+        part("nothing", "true")
+    client.containers.prune()  # those that could not be started
+    client.volumes.get("parts").remove()
+
+
 def test_events_and_what_the_engine_says_of_itself(client: Any) -> None:
     events = client.events(decode=True, filters={"type": "container"})
     container = run(client, "true", detach=True)

@@ -77,8 +77,9 @@ def test_limits_become_resources() -> None:
     assert found["pids"] == {"limit": 10}
 
 
-def test_unlimited_pids_are_minus_one() -> None:
-    assert spec.resources(configurations(host={"PidsLimit": 0})[1])["pids"] == {"limit": -1}
+def test_pids_are_limited_when_that_was_asked_for() -> None:
+    assert "pids" not in spec.resources(configurations(host={"PidsLimit": 0})[1])
+    assert spec.resources(configurations(host={"PidsLimit": -1})[1])["pids"] == {"limit": -1}
 
 
 def test_a_profile_of_ones_own_is_decided_by_capabilities() -> None:
