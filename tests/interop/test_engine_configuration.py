@@ -116,7 +116,7 @@ def test_a_device_of_a_vendor_is_given_by_name(stage: Stage, folder: Path) -> No
 
     found = run("sh", "-c", "echo $GADGET; echo x > /dev/gadget", driver="cdi", device_ids=["vendor.example/gadget=null"])
     assert found == b"yes\n"
-    with pytest.raises(docker.errors.APIError, match="unresolvable CDI devices vendor.example/gadget=other"):
+    with pytest.raises(docker.errors.APIError, match=r"unresolvable CDI devices vendor\.example/gadget=other"):
         run("true", driver="cdi", device_ids=["vendor.example/gadget=other"])
     with pytest.raises(docker.errors.APIError, match=r'could not select device driver "" with capabilities: \[\[gpu\]\]'):
         run("true", count=-1, capabilities=[["gpu"]])

@@ -51,7 +51,7 @@ def test_a_device_brings_its_edits_and_those_of_its_document_once() -> None:
 
 
 def test_what_nobody_offers_is_named() -> None:
-    with pytest.raises(NotFound, match="unresolvable CDI devices vendor.example/tpu=9, other/x=y$"):
+    with pytest.raises(NotFound, match=r"unresolvable CDI devices vendor\.example/tpu=9, other/x=y\Z"):
         cdi.inject(config(), ["vendor.example/tpu=9", "vendor.example/tpu=0", "other/x=y"], cdi.registry([(0, DOCUMENT)]), node_of)
 
 
