@@ -37,7 +37,7 @@ def compile_native(out: Path) -> dict[str, Path]:
     built = {name: out / name for name in (*IN_PACKAGE, "boxrun", SHIM)}
     include = sysconfig.get_path("include")
     jobs = {
-        "_sys.abi3.so": ["-shared", "-fPIC", f"-I{include}", str(native / "sys.c"), str(native / "program.c")],
+        "_sys.abi3.so": ["-shared", "-fPIC", f"-I{include}", *(str(native / f"{part}.c") for part in ("sys", "program", "hold"))],
         "_init": [*FREESTANDING, str(native / "init.c")],
         "docker-init": [*FREESTANDING, str(native / "reaper.c")],
         "boxrun": ["-static", "-s", str(native / "boxrun.c")],

@@ -111,6 +111,12 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+def workers(pid: int, containers: set[int]) -> list[int]:
+    """The children of a shim that are no containers."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found if int(child) not in containers]
+
+
 class Server:
     """A server, and ctr for it."""
 
@@ -210,7 +216,8 @@ class Bench:
             took[server.name] = (time.perf_counter() - start) * 1000
             time.sleep(1)
             pids = [int(line.split()[1]) for line in server.ctr("task", "ls").splitlines()[1:]]
-            memory[server.name] = sum(pss_kib(shim) for shim in {parent(pid) for pid in pids}) / len(pids) / 1024
+            shims = {shim: None for pid in pids for shim in (parent(pid), *workers(parent(pid), set(pids)))}
+            memory[server.name] = sum(pss_kib(shim) for shim in shims) / len(pids) / 1024
             resident[server.name] = rss_mib(server.process.pid)
             with ThreadPoolExecutor(8) as pool:
                 list(pool.map(lambda name, server=server: server.ctr("task", "rm", "-f", name), names))  # type: ignore[misc]

@@ -3,6 +3,7 @@
  *   syscall(nr, *args) -> int             any system call; arguments are integers, buffers or None
  *   spawn(fd, name, fds, flags, cgroup)   clone3 + execveat of an open program: no copy of the interpreter's page tables
  *   address(buffer) -> int                where a buffer lies, for structures that hold pointers
+ *   hold(listener) -> control, fds        the process that shims work in forks of, see hold.c
  *   Operations, Reg, Label                programs for init, see program.c
  *
  * Built against the limited API (3.11), so that one shared object serves every later version of Python.
@@ -14,6 +15,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "hold.h"
 #include "program.h"
 #include "spawn.h"
 
@@ -132,6 +134,8 @@ static PyMethodDef methods[] = {
 	{"syscall", sys_syscall, METH_VARARGS, "syscall(nr, *args) -> int; raises OSError with the errno"},
 	{"spawn", sys_spawn, METH_VARARGS,
 	 "spawn(exe_fd, name, fds, clone_flags=0, cgroup_fd=-1) -> pid; fds[i] becomes descriptor i, the others close; no environment"},
+	{"hold", sys_hold, METH_VARARGS,
+	 "hold(listener_fd) -> (control_fd, fds); returns in forks only; raises OSError"},
 	{"address", sys_address, METH_O, "address(buffer) -> int; valid while the caller keeps the buffer alive and unchanged"},
 	{NULL, NULL, 0, NULL},
 };

@@ -161,6 +161,7 @@ class Task:
         self.streams: dict[str, str] = {}
         self.mounts = [pb.types.Mount(type="bind", source=str(daemon.rootfs), options=["rbind", "rw"])] if mount else []
         self.address = ""
+        self.pid = 0
         self.client: Client | None = None
         self.fds: dict[str, int] = {}
 
@@ -213,7 +214,8 @@ class Task:
         """Create; the pid."""
         fields = {"bundle": str(self.bundle), "rootfs": self.mounts, "terminal": self.terminal,
                   "options": pack(self.daemon.options)} | self.streams | fields
-        return int(self.call("Create", **fields).pid)
+        self.pid = int(self.call("Create", **fields).pid)
+        return self.pid
 
     def start(self, exec_id: str = "") -> int:
         """Start; the pid."""

@@ -104,6 +104,11 @@ class Lock:
         self._held = False
         self._waiting: list[Later] = []
 
+    @property
+    def is_held(self) -> bool:
+        """Whether somebody has it."""
+        return self._held
+
     def take(self) -> Later:
         """Wait until it is free."""
         later = Later()
@@ -188,21 +193,33 @@ class Loop:
         """Let `run` return."""
         self.running = False
 
+    def wanted(self, fd: int) -> int:
+        """The events that are waited for at a descriptor."""
+        return self._wanted.get(fd, 0)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is to be called before something happens at a descriptor."""
+        return not self._soon and all(timer.function is None for timer in self._timers)
+
     def run(self) -> None:
         """Until `stop`."""
         while self.running:
             self.turn()
 
-    def turn(self) -> None:
-        """Wait once, and call what is due."""
-        timeout = -1.0
+    def turn(self, longest_s: float = -1.0) -> bool:
+        """Wait once, for so long if not for ever, and call what is due. Returns whether there was anything."""
+        timeout = longest_s
         while self._timers and self._timers[0].function is None:
             heappop(self._timers)
         if self._soon:
             timeout = 0.0
         elif self._timers:
-            timeout = max(0.0, self._timers[0].due - time.monotonic())
-        for fd, events in self._epoll.poll(timeout):
+            left_s = max(0.0, self._timers[0].due - time.monotonic())
+            timeout = left_s if longest_s < 0 else min(left_s, longest_s)
+        happened = self._epoll.poll(timeout)
+        called = bool(happened)
+        for fd, events in happened:
             function = self._functions.get(fd)
             if function is not None:
                 function(events)
@@ -211,9 +228,11 @@ class Loop:
             due = heappop(self._timers).function
             if due is not None:
                 due()
+                called = True
         soon, self._soon = self._soon, []
         for call in soon:
             call()
+        return called or bool(soon)
 
     def close(self) -> None:
         """Release the epoll descriptor."""
@@ -240,9 +259,13 @@ class Inbox:
 
     def _read(self, events: int) -> None:
         for number in set(os.read(self._fd, 4096)):
-            function = self._functions.get(number)
-            if function is not None:
-                function()
+            self.call(number)
+
+    def call(self, number: int) -> None:
+        """As if the signal had come."""
+        function = self._functions.get(number)
+        if function is not None:
+            function()
 
 
 def _noted(number: int, frame: object) -> None:

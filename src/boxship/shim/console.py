@@ -15,7 +15,10 @@ from boxship.shim.stdio import append_to, fifo_path, is_fifo, split_uri
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from boxship.kit.loop import Loop
+    from boxship.shim.handover import Contents, Parcel
     from boxship.shim.logger import Logger
 
 _READ = 32768
@@ -32,8 +35,7 @@ class Console:
         path: where the runtime sends the master side to.
     """
 
-    def __init__(self, loop: Loop, folder: str, name: str, logger: Logger | None = None) -> None:
-        """`folder`: where the socket is made, under `name`. Raises OSError."""
+    def __init__(self, loop: Loop, logger: Logger | None = None) -> None:
         self.fds: list[int] = []
         self.logger = logger
         self._loop = loop
@@ -46,11 +48,17 @@ class Console:
         self._to_sink = b""
         self._to_master = b""
         self._size: tuple[int, int] | None = None
+        self._folder = -1
+        self._name = self.path = ""
+        self._listener: _socket.socket | None = None
+
+    def listen(self, folder: str, name: str) -> None:
+        """Make the socket in `folder`, under `name`. Raises OSError."""
         self._folder = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._name = name
         # A bundle's path is often longer than a socket's address may be, and the runtime is another process.
         self.path = f"/proc/{os.getpid()}/fd/{self._folder}/{name}"
-        self._listener: _socket.socket | None = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
+        self._listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
         try:
             self._listener.bind(self.path)
             self._listener.listen(1)
@@ -112,11 +120,27 @@ class Console:
             pass  # an old kernel, or a runtime's own kind of terminal
         if self._size is not None:
             self.resize(*self._size)
-        self._loop.add(self._master, IN, self._master_ready)
+        self._watch()
+
+    def _watch(self) -> None:
+        if self._master >= 0:
+            self._loop.add(self._master, IN, self._master_ready)
         if self._input >= 0:
             self._loop.add(self._input, IN, self._input_ready)
-        if self._sink_waits:
+        if self._sink_waits and self._sink >= 0:
             self._loop.add(self._sink, 0, self._sink_ready)
+
+    def pack(self, parcel: Parcel) -> tuple[object, ...]:
+        """For `unpack`, in the next worker, of one that is handed over."""
+        fds = (self._master, self._peer, self._input, self._input_writer, self._sink, self._sink_reader)
+        return [parcel.put(fd) for fd in fds], self._sink_waits, self._to_sink, self._to_master
+
+    def unpack(self, packed: tuple[Any, ...], contents: Contents) -> None:
+        """Undo `pack`, with a fresh one."""
+        places, self._sink_waits, self._to_sink, self._to_master = packed
+        self._master, self._peer, self._input, self._input_writer, self._sink, self._sink_reader = map(contents.fd, places)
+        self._watch()
+        self._settle()
 
     def resize(self, width: int, height: int) -> None:
         """Characters by lines."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from boxship.kit.loop import Loop
+    from boxship.shim.handover import Contents, Parcel
 
 _FIONREAD = 0x541B
 _AT_ONCE = 1 << 20
@@ -29,8 +30,25 @@ class Copy:
         self._source = source
         self._sink = sink
         self._ended = ended
-        loop.add(source, IN, self._ready)
-        loop.add(sink, 0, self._ready)
+        if self.open:
+            loop.add(source, IN, self._ready)
+            loop.add(sink, 0, self._ready)
+
+    def pack(self, parcel: Parcel) -> tuple[int, ...]:
+        """For `unpack`, in the next worker. Closed ones too."""
+        sink_wanted, source_wanted = self._loop.wanted(self._sink), self._loop.wanted(self._source)
+        sink = parcel.put(self._sink)
+        return sink, parcel.put(self._source, to_previous=True), sink_wanted, source_wanted
+
+    @classmethod
+    def unpack(cls, loop: Loop, packed: tuple[int, ...], contents: Contents, ended: Callable[[], object]) -> Copy:
+        """Undo `pack`."""
+        sink, source, sink_wanted, source_wanted = packed
+        copy = cls(loop, contents.fd(source), contents.fd(sink), ended)
+        if copy.open:
+            loop.want(copy._sink, sink_wanted)
+            loop.want(copy._source, source_wanted)
+        return copy
 
     def _ready(self, events: int) -> None:
         self.move()

@@ -28,12 +28,17 @@ _SIGTERM, _SIGKILL = 15, 9
 
 
 class Logger:
-    """One program for one process. `start` is a step."""
+    """One program for one process. `start` is a step.
+
+    Attributes:
+        pid: the program, 0 before it was started and after `close`.
+        stdout, stderr: what the process is to be given, until `handed_over`.
+    """
 
     def __init__(self, loop: Loop, children: Children) -> None:
         self._loop = loop
         self._children = children
-        self._pid = 0
+        self.pid = 0
         self.stdout = -1
         self.stderr = -1
 
@@ -45,7 +50,7 @@ class Logger:
         ready, theirs = os.pipe2(os.O_CLOEXEC)
         environ = {"CONTAINER_ID": id, "CONTAINER_NAMESPACE": namespace}
         try:
-            self._pid = _spawn([path, *_arguments(query)], environ, (out, err, theirs))
+            self.pid = _spawn([path, *_arguments(query)], environ, (out, err, theirs))
         except OSError as error:
             os.close(ready)
             self.close()
@@ -78,7 +83,7 @@ class Logger:
     def close(self) -> None:
         """Let it end: it reads an end of file, and is sent SIGTERM."""
         self.handed_over()
-        pid, self._pid = self._pid, 0
+        pid, self.pid = self.pid, 0
         if pid <= 0:
             return
         end = self._children.end(pid)

@@ -1,10 +1,16 @@
-"""The shim itself, once it listens: its loop, from the first call to the last.
+"""The shim itself, once it listens, from the first call to the last.
 
 Runs in: the shim, forked from the spawner (`boxship.shim.spawner`) by way of `boxship.shim.command`.
+
+A shim is two processes while there is something to do, and one while there is not. The *holder* is the one that everybody knows
+as the shim, the parent of its containers; it sleeps in C (`src/native/hold.c`), and passes on what containers write. A *worker*
+is a fork of it that serves until nothing happens for a moment. So an idle shim's memory is the spawner's, which all shims share:
+what the interpreter touches, and be it to count a reference, is a worker's own, and goes with it.
 """
 
 from __future__ import annotations
 
+import _socket
 import os
 import traceback
 
@@ -16,19 +22,19 @@ from boxship.kit.loop import Inbox, Loop
 from boxship.linux import _sys
 from boxship.shim.children import Children
 from boxship.shim.forks import inline, own, programs
+from boxship.shim.handover import Contents, Parcel
 from boxship.shim.log import Log
 from boxship.shim.publisher import Publisher
 from boxship.shim.service import TaskService
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import _socket
-
     from boxship.shim.forks import OwnRuntime
 
-_PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
+_PR_SET_NAME = 15
 _SIGTERM, _SIGINT, _SIGPIPE = 15, 2, 13
 _NAME = b"containerd-shim\0"
+_IDLE_S = 0.3
 
 
 def set_title(title: str) -> None:
@@ -50,17 +56,23 @@ def run(
     listener: _socket.socket, path: str, log: Log, namespace: str, events: str, publish: tuple[str, str],
     own_runtime: OwnRuntime, environ: bytes,
 ) -> None:
-    """Serve until containerd says that it is enough. `path` of the socket is removed then; the others as in their classes."""
-    _sys.syscall(syscalls.PRCTL, _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    """Serve until containerd says that it is enough. `path` of the socket is removed then; the others as in their classes.
+
+    Returns in workers only. Raises OSError when there can be none.
+    """
     _sys.syscall(syscalls.PRCTL, _PR_SET_NAME, _NAME, 0, 0, 0)
+    control, fds = _sys.hold(listener.detach())
+    # The worker.
     loop = Loop()
     inbox = Inbox(loop)
-    children = Children(inbox)
+    children = Children(loop, inbox, control)
     publisher = Publisher(loop, children, log, namespace, events, publish)
     service = TaskService(loop, children, publisher, log, namespace, own(own_runtime, environ),
                           inline(own_runtime, environ, children.ended), programs(environ), loop.stop)
     task = Service(TASK, service.find)
-    server = Server(loop, listener, {TASK_V2: task, TASK_V3: task})
+    contents = Contents(fds) if len(fds) > 1 else None
+    socket = contents.fd(1) if contents is not None else fds[0]
+    server = Server(loop, _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, socket), {TASK_V2: task, TASK_V3: task})
 
     def asked_to_end() -> None:
         # An operator's signal, or the machine's shutdown: with containers it would be their end.
@@ -71,9 +83,18 @@ def run(
     for number in (_SIGTERM, _SIGINT):
         inbox.on(number, asked_to_end)
     log.write("debug", "shim is ready", pid=os.getpid(), path=path)
+    if contents is not None:
+        containers, connections = contents.state
+        service.unpack(containers, contents)
+        for connection, last, calls in connections:
+            server.adopt(contents.fd(connection), last, calls)
     while loop.running:
         try:
-            loop.turn()
+            quiet = (loop.is_idle and children.are_quiet and publisher.is_quiet and service.is_quiet
+                     and server.pending() <= {"Wait"})
+            happened = loop.turn(_IDLE_S if quiet else -1.0)
+            if quiet and not happened and _hand_over(loop, control, publisher, service, server):
+                return
         except Exception:  # noqa: BLE001 - a bug must not be the end of the containers
             log.write("error", f"internal error: {traceback.format_exc()}")
     server.close()
@@ -81,3 +102,17 @@ def run(
         os.unlink(path)
     except FileNotFoundError:
         pass
+
+
+def _hand_over(loop: Loop, control: int, publisher: Publisher, service: TaskService, server: Server) -> bool:
+    """Whether it was possible."""
+    publisher.hang_up()
+    parcel = Parcel(loop)
+    parcel.put(server.fileno())
+    containers = service.pack(parcel)
+    connections = [
+        (parcel.put(connection.fileno()), connection.last,
+         [(stream, payload) for stream, (_, payload) in connection.calls.items()])
+        for connection in server.connections
+    ]
+    return parcel.send(control, (containers, connections))

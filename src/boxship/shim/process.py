@@ -6,16 +6,24 @@ Runs in: the shim. Not here: what is done with them (`boxship.shim.service`).
 from __future__ import annotations
 
 from boxship.api.task import pb
+from boxship.kit.errors import BoxshipError
 from boxship.kit.loop import Later, Lock
+from boxship.linux.cgroups import Cgroup
+from boxship.shim.bundle import Options
+from boxship.shim.console import Console
+from boxship.shim.logger import Logger
+from boxship.shim.stdio import Stdio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
     from boxship.api.oci_runtime.runtime import Runtime
-    from boxship.linux.cgroups import Cgroup
+    from boxship.kit.loop import Loop
     from boxship.linux.cgroups.group import OomEvents
-    from boxship.shim.bundle import Options
-    from boxship.shim.console import Console
-    from boxship.shim.stdio import Stdio
+    from boxship.shim.children import Children
+    from boxship.shim.handover import Contents, Parcel
 
 
 class Process:
@@ -53,6 +61,30 @@ class Process:
         self.ended.set(status)
         if self.io is not None:
             self.io.process_ended()
+
+    def pack(self, parcel: Parcel) -> tuple[object, ...]:
+        """For `unpack`, in the next worker."""
+        io = self.io
+        logger = io.logger.pid if io is not None and io.logger is not None else -1
+        return (self.exec_id, self.terminal, self.streams, self.pid, self.started, self.ended.done, self.exit_status,
+                self.exited_at, self.spec, io and io.pack(parcel), logger)
+
+    @classmethod
+    def unpack(cls, packed: tuple[Any, ...], contents: Contents, loop: Loop, children: Children) -> Process:
+        """Undo `pack`."""
+        exec_id, terminal, streams, pid, started, ended, exit_status, exited_at, spec, io, logger_pid = packed
+        process = cls(exec_id, terminal, streams)
+        process.pid, process.started, process.spec = pid, started, spec
+        if ended:
+            process.end(exit_status, exited_at)
+        if io is not None:
+            logger = None
+            if logger_pid >= 0:
+                logger = Logger(loop, children)
+                logger.pid = logger_pid
+            process.io = Console(loop, logger) if terminal else Stdio(loop, logger)
+            process.io.unpack(io, contents)
+        return process
 
     def close(self) -> None:
         """Release its streams."""
@@ -98,6 +130,45 @@ class Container:
         if self.paused:
             return pb.types.PAUSED
         return pb.types.RUNNING if process.started else pb.types.CREATED
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing is under way with it."""
+        processes = [self.init, *self.execs.values()]
+        return self.created and self.starting is None and not any(process.lock.is_held for process in processes)
+
+    def pack(self, parcel: Parcel) -> tuple[object, ...]:
+        """For `unpack`, in the next worker."""
+        return (self.id, self.bundle, [getattr(self.options, name) for name in Options.FIELDS], self.init.pack(parcel),
+                [process.pack(parcel) for process in self.execs.values()], self.paused, self.private_pids, self.is_quick,
+                self.checkpoint, self.exit, self.cgroup and self.cgroup.encode(),
+                [parcel.put(fd) for fd in self.oom.fds] if self.oom is not None else [])
+
+    @classmethod
+    def unpack(
+        cls, packed: tuple[Any, ...], contents: Contents, loop: Loop, children: Children,
+        runtime: Callable[[Options, str], Runtime],
+    ) -> Container:
+        """Undo `pack`; `runtime` of options and a bundle."""
+        id, bundle, values, init, execs, paused, private_pids, is_quick, checkpoint, exit, cgroup, oom = packed  # noqa: A001
+        options = Options()
+        for name, value in zip(Options.FIELDS, values, strict=True):
+            setattr(options, name, value)
+        container = cls(id, bundle, options, runtime(options, bundle), Process.unpack(init, contents, loop, children))
+        for one in execs:
+            process = Process.unpack(one, contents, loop, children)
+            container.execs[process.exec_id] = process
+        container.created = True
+        container.paused, container.private_pids, container.is_quick = paused, private_pids, is_quick
+        container.checkpoint, container.exit = checkpoint, exit
+        if cgroup is not None:
+            container.cgroup = Cgroup.decode(cgroup)
+            if oom:
+                try:
+                    container.oom = container.cgroup.oom_events([contents.fd(place) for place in oom])
+                except (BoxshipError, OSError):
+                    pass  # the group is gone
+        return container
 
     def running_execs(self) -> list[Process]:
         """Added processes that have not ended."""

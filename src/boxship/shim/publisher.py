@@ -87,6 +87,15 @@ class Publisher:
                 del self._queue[index]
                 return
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether everything is delivered."""
+        return not self._queue
+
+    def hang_up(self) -> None:
+        """End the connection until there is an event again. Only while it is quiet."""
+        self._lost("events: nothing to say")
+
     def idle(self) -> Later:
         """Done when everything is delivered."""
         later = Later()

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from boxship.api.oci_runtime.runtime import Carrier
     from boxship.kit.loop import Loop
     from boxship.shim.children import Children
+    from boxship.shim.handover import Contents, Parcel
     from boxship.shim.log import Log
     from boxship.shim.publisher import Publisher
 
@@ -126,7 +127,7 @@ class TaskService:
             raise AlreadyExists(f"container {request.id}: already exists")
         options = Options.unpack(request.options if request.HasField("options") else None)
         bundle = request.bundle
-        runtime = self._runtime(options, bundle, self._own_runtime)
+        runtime = self._runtime(options, bundle)
         init = Process("", request.terminal, (request.stdin, request.stdout, request.stderr))
         container = Container(request.id, bundle, options, runtime, init)
         container.checkpoint = request.checkpoint
@@ -155,10 +156,11 @@ class TaskService:
         failpoint.hit("shim.create.done")
         return pb.task.CreateTaskResponse(pid=init.pid)
 
-    def _runtime(self, options: Options, bundle: str, own: Carrier) -> Runtime:
+    def _runtime(self, options: Options, bundle: str, own: Carrier | None = None) -> Runtime:
         return Runtime(
             options.binary, options.root_of(self._namespace), f"{bundle}/log.json", systemd_cgroup=options.systemd_cgroup,
-            carrier=own if options.binary == bundles.OWN_RUNTIME else self._programs, debug=self._log.is_debug)
+            carrier=(own or self._own_runtime) if options.binary == bundles.OWN_RUNTIME else self._programs,
+            debug=self._log.is_debug)
 
     def _quick(self, container: Container) -> Runtime:
         """For commands that take no time with this container, unless it is one of a pod: the others shall not wait at all."""
@@ -180,7 +182,8 @@ class TaskService:
             yield from logger.start(stdout, container.id, self._namespace)
         try:
             if process.terminal:
-                process.io = Console(self._loop, container.bundle, f"{process.exec_id or 'init'}.pty", logger)
+                process.io = Console(self._loop, logger)
+                process.io.listen(container.bundle, f"{process.exec_id or 'init'}.pty")
             else:
                 process.io = Stdio(self._loop, logger, (container.options.io_uid, container.options.io_gid))
             process.io.open(stdin, stdout, stderr)
@@ -202,7 +205,7 @@ class TaskService:
         try:
             if container.cgroup is not None:
                 container.oom = container.cgroup.oom_events()
-                self._loop.add(container.oom.fileno(), IN, lambda events: self._memory(container))
+                self._watch_memory(container)
         except (BoxshipError, OSError) as error:
             self._log.write("debug", f"out of memory is not watched: {error}", id=container.id)
 
@@ -315,7 +318,7 @@ class TaskService:
         if container.starting is not None:
             container.starting.then(lambda later: self._tell_exit(container))
             return
-        self._memory_before_exit(container)
+        self._memory(container)  # what the kernel killed it for is told before that it is dead
         status, at_ns = container.exit
         container.paused = False
         self._publish_exit(container, container.init, status, at_ns)
@@ -333,23 +336,54 @@ class TaskService:
         self._publisher.publish(event)
         process.end(status, at_ns)
 
+    # --- workers
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing is under way."""
+        return all(container.is_quiet for container in self.containers.values())
+
+    def pack(self, parcel: Parcel) -> list[object]:
+        """For `unpack`, in the next worker. Only while it is quiet."""
+        return [container.pack(parcel) for container in self.containers.values()]
+
+    def unpack(self, packed: list[Any], contents: Contents) -> None:
+        """Undo `pack`, with a fresh one."""
+        for one in packed:
+            container = Container.unpack(one, contents, self._loop, self._children, self._runtime)
+            self.containers[container.id] = container
+            if container.oom is not None:
+                self._watch_memory(container)
+            for process in (*container.execs.values(), container.init):
+                if process.running and not (process is container.init and container.exit is not None):
+                    self._watch_end(container, process)
+
+    def _watch_end(self, container: Container, process: Process) -> None:
+        ended = self._children.end(process.pid)
+        if process is container.init:
+            ended.then(lambda later: self._init_ended(container, later))
+        else:
+            ended.then(lambda later: self._exec_ended(container, process, later))
+
     # --- lack of memory
 
-    def _memory(self, container: Container) -> None:
+    def _watch_memory(self, container: Container) -> None:
         assert container.oom is not None
+        self._loop.add(container.oom.fileno(), IN, lambda events: self._memory(container))
+
+    def _memory(self, container: Container) -> None:
+        if container.oom is None:
+            return
+        # It may have been read since the loop saw it: before the exit, which came in the same turn.
+        poll = select.poll()
+        poll.register(container.oom.fileno(), select.POLLIN)
+        if not poll.poll(0):
+            return
         happened = container.oom.read()
         if happened:
             self._publisher.publish(pb.events.TaskOOM(container_id=container.id))
         elif happened is False:
             self._forget_memory(container)
-
-    def _memory_before_exit(self, container: Container) -> None:
-        """What the kernel killed it for is told before that it is dead."""
-        if container.oom is not None:
-            poll = select.poll()
-            poll.register(container.oom.fileno(), select.POLLIN)
-            if poll.poll(0):
-                self._memory(container)
 
     def _forget_memory(self, container: Container) -> None:
         if container.oom is not None:
@@ -584,7 +618,7 @@ class TaskService:
     def connect(self, request: Any) -> Any:
         """Who the shim is, and the container."""
         container = self._container(request.id)
-        return pb.task.ConnectResponse(shim_pid=os.getpid(), task_pid=container.init.pid)
+        return pb.task.ConnectResponse(shim_pid=os.getppid(), task_pid=container.init.pid)
 
     def shutdown(self, request: Any) -> Empty:
         """End the shim, unless it still has containers."""

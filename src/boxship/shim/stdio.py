@@ -23,7 +23,10 @@ from boxship.shim.copying import Copy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from boxship.kit.loop import Loop
+    from boxship.shim.handover import Contents, Parcel
     from boxship.shim.logger import Logger
 
 _DRAIN_S = 10.0
@@ -115,6 +118,20 @@ class Stdio:
         for fd in self.fds:
             os.close(fd)
         self.fds = []
+
+    def pack(self, parcel: Parcel) -> tuple[object, ...]:
+        """For `unpack`, in the next worker, of one whose streams are handed over."""
+        return (parcel.put(self._stdin_writer), [parcel.put(fd) for fd in self._kept],
+                None if self._input is None else self._input.pack(parcel), [copy.pack(parcel) for copy in self._outputs])
+
+    def unpack(self, packed: tuple[Any, ...], contents: Contents) -> None:
+        """Undo `pack`, with a fresh one."""
+        writer, kept, copy, outputs = packed
+        self._stdin_writer = contents.fd(writer)
+        self._kept = [contents.fd(place) for place in kept]
+        if copy is not None:
+            self._input = Copy.unpack(self._loop, copy, contents, self.close_stdin)
+        self._outputs = [Copy.unpack(self._loop, one, contents, self._look_drained) for one in outputs]
 
     def close_stdin(self) -> None:
         """The process reads the end of its input once the client has closed its end."""

@@ -69,6 +69,22 @@ class Server:
             raise Unsupported(f"method {method}")
         return found[0], known.find(method)
 
+    def fileno(self) -> int:
+        """The descriptor that it listens at."""
+        return self._listener.fileno()
+
+    def pending(self) -> set[str]:
+        """The methods of all calls that wait for their answers, "" for one that is not whole yet in either direction."""
+        return {name for connection in self.connections for name in connection.pending()}
+
+    def adopt(self, fd: int, last: int, calls: list[tuple[int, bytes]]) -> None:
+        """Go on with a connection of another server that served the same: the last stream of it, and its `calls`."""
+        conn = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, fd)
+        connection = _Connection(self, conn, last)
+        self.connections.add(connection)
+        for stream, payload in calls:
+            connection.call(stream, 0, payload)
+
     def close(self) -> None:
         """Take no more connections, and close those there are."""
         self.loop.remove(self._listener.fileno())
@@ -79,12 +95,18 @@ class Server:
 
 
 class _Connection:
-    def __init__(self, server: Server, conn: _socket.socket) -> None:
+    """Attributes:
+        last: the newest stream.
+        calls: those that were not answered yet, stream → (method, message).
+    """
+
+    def __init__(self, server: Server, conn: _socket.socket, last: int = 0) -> None:
         self._server = server
         self._conn = conn
+        self.last = last
+        self.calls: dict[int, tuple[str, bytes]] = {}
         self._frames = wire.Frames()
         self._out = bytearray()
-        self._last = 0
         self._writing = False
         server.loop.add(conn.fileno(), IN, self._ready)
 
@@ -117,11 +139,15 @@ class _Connection:
     def _request(self, stream: int, flags: int, payload: bytes | None) -> None:
         if stream % 2 == 0:
             raise InvalidArgument("StreamID must be odd for client initiated streams")
-        if stream <= self._last:
+        if stream <= self.last:
             raise InvalidArgument("StreamID cannot be re-used and must increment")
-        self._last = stream
+        self.last = stream
         if payload is None:
             raise wire.too_long(wire.DATA_MAX + 1)
+        self.call(stream, flags, payload)
+
+    def call(self, stream: int, flags: int, payload: bytes) -> None:
+        """Begin to answer. Raises BoxshipError."""
         try:
             envelope = pb.ttrpc.Request.FromString(payload)
         except DecodeError:
@@ -133,9 +159,19 @@ class _Connection:
             message = kind.FromString(envelope.payload)
         except DecodeError:
             raise InvalidArgument(f"{envelope.service}/{envelope.method}: the request is no {kind.DESCRIPTOR.name}") from None
+        self.calls[stream] = envelope.method, payload
         function(message).then(lambda later: self._answer(stream, later))
 
+    def pending(self) -> list[str]:
+        """See `Server`."""
+        return [method for method, _ in self.calls.values()] + [""] * (bool(self._out) or not self._frames.is_empty)
+
+    def fileno(self) -> int:
+        """The descriptor, -1 when it is closed."""
+        return self._conn.fileno()
+
     def _answer(self, stream: int, later: Later) -> None:
+        del self.calls[stream]
         error = later.error
         if error is None:
             self.send(wire.response(stream, later.value.SerializeToString()))  # type: ignore[attr-defined]

@@ -39,6 +39,11 @@ class Frames:
         self._buffer = bytearray()
         self._skip = 0
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no part of a frame."""
+        return not self._buffer and not self._skip
+
     def feed(self, data: bytes) -> Iterator[tuple[int, int, int, bytes | None]]:
         """(stream, type, flags, data) of each frame that is whole by now; data is None for one that was too long."""
         buffer = self._buffer

@@ -30,6 +30,11 @@ class OomEvents:
         self._fds = fds
         self._happened = happened
 
+    @property
+    def fds(self) -> list[int]:
+        """For another process's `oom_events` to go on with."""
+        return self._fds
+
     def fileno(self) -> int:
         """For poll(2)."""
         return self._fds[0]
@@ -253,8 +258,11 @@ class Cgroup:
         """What the controllers count; see `boxship.linux.cgroups.stats`. Raises BoxshipError."""
         raise NotImplementedError
 
-    def oom_events(self) -> OomEvents:
-        """Watch for lack of memory. Raises BoxshipError, Unsupported without a memory controller."""
+    def oom_events(self, kept: list[int] | None = None) -> OomEvents:
+        """Watch for lack of memory, or go on with the descriptors that another watch of it `kept`.
+
+        Raises BoxshipError, Unsupported without a memory controller.
+        """
         raise NotImplementedError
 
     def oom_kills(self) -> int:

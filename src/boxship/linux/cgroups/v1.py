@@ -442,11 +442,13 @@ class V1Group(Cgroup):
                 return 0
             raise explain(error) from None
 
-    def oom_events(self) -> OomEvents:
+    def oom_events(self, kept: list[int] | None = None) -> OomEvents:
         """See `Cgroup`."""
         directory = self.paths.get("memory")
         if directory is None:
             raise Unsupported("memory controller missing")
+        if kept:
+            return OomEvents(kept, lambda data: os.path.exists(directory + "/cgroup.event_control"))
         event = os.eventfd(0, os.EFD_CLOEXEC)
         fds = [event]
         try:

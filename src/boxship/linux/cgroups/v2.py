@@ -476,7 +476,7 @@ class V2Group(Cgroup):
                 return 0
             raise explain(error) from None
 
-    def oom_events(self) -> OomEvents:
+    def oom_events(self, kept: list[int] | None = None) -> OomEvents:
         """See `Cgroup`."""
         from _struct import Struct
 
@@ -485,8 +485,9 @@ class V2Group(Cgroup):
 
         path = self.v2_path
         head = Struct("=iIII")
-        watch = _sys.syscall(syscalls.INOTIFY_INIT1, _IN_CLOEXEC)
+        watch = kept[0] if kept else _sys.syscall(syscalls.INOTIFY_INIT1, _IN_CLOEXEC)
         try:
+            # What is watched already keeps its number.
             memory, events = (
                 _sys.syscall(syscalls.INOTIFY_ADD_WATCH, watch, os.fsencode(f"{path}/{name}") + b"\0", _IN_MODIFY)
                 for name in ("memory.events", "cgroup.events")
