@@ -10,7 +10,14 @@
 #include "caller.h"
 
 enum { VERSION = 1, EXIT = 5 };
-enum { PATIENCE_MS = 30000, LOOK_MS = 4 };
+enum { PATIENCE_MS = 30000, AGAIN_MS = 2000, LOOK_MS = 4 };
+
+static int64_t now_ms(void)
+{
+	struct timespec now;
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
 
 /* The exit code, or -1 when the spawner went away without a word: it was just ending, or is another version. */
 static int ask(const char *path, int argc, char **argv, char **envp)
@@ -48,11 +55,16 @@ static void launch(const char *exe, const char *path)
 		_exit(127);
 	static const char *const names[] = {"python3", "python"};
 	char *args[] = {python, "-I", "-m", "boxship.daemon.spawner", (char *)path, NULL};
-	char *runtime = getenv("XDG_RUNTIME_DIR"), variable[4200];
-	char *environment[] = {"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", NULL, NULL};
-	if (runtime) {
-		snprintf(variable, sizeof variable, "XDG_RUNTIME_DIR=%s", runtime);
-		environment[1] = variable;
+	/* Of the caller's environment: whose spawner it is, and where that user's state lies. */
+	static const char *const kept[] = {"XDG_RUNTIME_DIR", "BOXSHIP_ROOTLESS_UID"};
+	char variables[2][4200];
+	char *environment[] = {"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", NULL, NULL, NULL};
+	for (size_t i = 0, used = 1; i < 2; i++) {
+		const char *value = getenv(kept[i]);
+		if (!value)
+			continue;
+		snprintf(variables[i], sizeof variables[i], "%s=%s", kept[i], value);
+		environment[used++] = variables[i];
 	}
 	for (size_t i = 0; i < 2; i++) {
 		snprintf(python, sizeof python, "%.*s/%s", (int)(slash - exe), exe, names[i]);
@@ -103,10 +115,12 @@ int main(int argc, char **argv, char **envp)
 		fprintf(stderr, "containerd-shim-boxship-v1: mkdir for %s: %s\n", path, strerror(errno));
 		return 1;
 	}
-	for (int waited = 0; waited < PATIENCE_MS; waited += LOOK_MS) {
+	for (int64_t start = now_ms(), launched = -1, waited; (waited = now_ms() - start) < PATIENCE_MS;) {
 		/* Again now and then: the one that was ending may have held the place. */
-		if (waited % 2000 == 0)
+		if (launched < 0 || waited - launched >= AGAIN_MS) {
 			launch(exe, path);
+			launched = waited;
+		}
 		struct timespec pause = {0, LOOK_MS * 1000000};
 		nanosleep(&pause, NULL);
 		code = ask(path, argc, argv, envp);

@@ -33,6 +33,7 @@ class Daemon:
         self.socket = str(self.state / "containerd.sock")
         self.log = folder / "log"
         self.process: subprocess.Popen[bytes] | None = None
+        self.ready = False
         self.prefix: list[str] = []
         """What starts it in a network namespace of its own, as `nsenter --net=…`."""
 
@@ -52,6 +53,7 @@ class Daemon:
         for _ in range(3000):
             text = self.log.read_bytes()[offset:]
             if b"msg=ready" in text or b'"msg": "ready"' in text:
+                self.ready = True
                 return
             if self.process.poll() is not None:
                 break
@@ -61,6 +63,7 @@ class Daemon:
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and wait for the end; the exit code."""
         assert self.process is not None
+        self.ready = False
         self.process.send_signal(number)
         code = self.process.wait(20)
         self.process = None

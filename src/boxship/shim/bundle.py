@@ -22,6 +22,7 @@ from boxship.abi import mount as m
 from boxship.api.task import pb
 from boxship.kit.errors import BoxshipError, from_os_error
 from boxship.kit.files import read_all, write_atomic
+from boxship.kit.user import run_folder
 from boxship.linux import mounts
 from boxship.oci import text
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from typing import Any
 
 OWN_RUNTIME = "boxrun"
-OWN_ROOT = "/run/boxship/runtime"
 OTHER_ROOT = "/run/containerd/runc"
 _CONFIG_MAX = 64 << 20
 
@@ -99,8 +99,7 @@ class Options:
 
 
 def _own_root() -> str:
-    folder = os.environ.get("XDG_RUNTIME_DIR", "")
-    return f"{folder}/boxship/runtime" if os.geteuid() != 0 and folder else OWN_ROOT
+    return f"{run_folder(os.environ)}/boxship/runtime"
 
 
 def load_config(bundle: str) -> dict[str, object]:

@@ -24,6 +24,7 @@ from boxship.api.task import pb
 from boxship.kit import failpoint
 from boxship.kit.errors import BoxshipError, InvalidArgument
 from boxship.kit.files import write_all, write_atomic
+from boxship.kit.user import run_folder, user_of
 from boxship.oci import text
 from boxship.shim import bundle as bundles
 from boxship.shim import main as shim
@@ -126,7 +127,13 @@ def answer(caller: Caller, own_runtime: OwnRuntime) -> Answered:
             raise InvalidArgument("shim namespace cannot be empty")
         if flags.action == "start":
             start = Start(caller, flags)
-            write_all(caller.stdio[1], start.reply)
+            try:
+                write_all(caller.stdio[1], start.reply)
+            except OSError:
+                # Who asked is gone, and nobody will ever come to the shim.
+                if start.listener is not None:
+                    os.unlink(start.path)
+                raise
             return Answered(0, start.listener, start.birth)
         if flags.action == "delete":
             write_all(caller.stdio[1], Deletion(caller, flags, own_runtime).response.SerializeToString())
@@ -135,7 +142,10 @@ def answer(caller: Caller, own_runtime: OwnRuntime) -> Answered:
     except (BoxshipError, OSError) as error:
         name = os.path.basename(caller.argv[0]) if caller.argv else "shim"
         detail = str(error) if isinstance(error, BoxshipError) else f"{error.filename or ''}: {(error.strerror or '').lower()}"
-        write_all(caller.stdio[2], f"{name}: {detail}\n".encode(errors="replace"))
+        try:
+            write_all(caller.stdio[2], f"{name}: {detail}\n".encode(errors="replace"))
+        except OSError:
+            pass  # nobody listens: an exit code is an answer nevertheless, without which the caller would ask again
         return Answered(1)
 
 
@@ -277,8 +287,8 @@ def _group(bundle: str) -> str:
 
 
 def _socket_folder() -> str:
-    folder = os.environ.get("XDG_RUNTIME_DIR", "")
-    return f"{folder}/boxship/s" if os.geteuid() != 0 and folder else "/run/containerd/s"
+    # As root where containerd's own shims have theirs.
+    return "/run/containerd/s" if user_of(os.environ) == 0 else f"{run_folder(os.environ)}/boxship/s"
 
 
 def _listen(folder: str, address: str, namespace: str, group: str) -> tuple[_socket.socket | None, str]:

@@ -97,6 +97,7 @@ class Container:
     """One container of the shim.
 
     Attributes:
+        made: set when it was created, or could not be.
         starting: while `start` is under way: set when its answer is given.
         exit: the first process's end while it must not be told yet, (status, time).
         private_pids: whether all its processes die with the first.
@@ -112,6 +113,7 @@ class Container:
         self.init = init
         self.execs: dict[str, Process] = {}
         self.created = False
+        self.made = Later()
         self.paused = False
         self.private_pids = True
         self.is_quick = False

@@ -149,6 +149,8 @@ class TaskService:
         except BaseException:
             self._undo_create(container, bool(request.rootfs))
             raise
+        finally:
+            self._loop.soon(container.made.set)
         container.created = True
         self._publisher.publish(pb.events.TaskCreate(
             container_id=container.id, bundle=bundle, rootfs=request.rootfs, checkpoint=request.checkpoint, pid=init.pid,
@@ -395,6 +397,10 @@ class TaskService:
 
     def delete(self, request: Any) -> Step:
         """Forget a process that has ended; with the first one the container."""
+        making = self.containers.get(request.id)
+        if making is not None:
+            # A daemon that finds the shim in the middle of a create that an earlier one has asked for does not want it any more.
+            yield making.made
         container, process = self._process(request)
         yield process.lock.take()
         try:

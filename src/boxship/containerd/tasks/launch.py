@@ -23,13 +23,13 @@ import boxship
 from boxship.api.task import pb
 from boxship.containerd.tasks.bundle import Bundle
 from boxship.kit.errors import BoxshipError, InvalidArgument, NotFound, Unsupported
+from boxship.kit.user import run_folder, user_of
 
 log = logging.getLogger("boxship.shim")
 
 START_TIMEOUT_S = 60.0
 DELETE_TIMEOUT_S = 30.0
 VERSION_MAX = 3
-SOCKETS = "/run/containerd/s"
 
 
 class Endpoint:
@@ -232,7 +232,8 @@ class Programs:
     def unheard(self, bundle: Bundle) -> Endpoint | None:
         """Of Launcher: by the convention of containerd's own shims."""
         name = hashlib.sha256(f"{self._address}/{bundle.namespace}/{bundle.id}".encode()).hexdigest()
-        path = f"{SOCKETS}/{name}"
+        folder = "/run/containerd/s" if user_of(os.environ) == 0 else f"{run_folder(os.environ)}/boxship/s"
+        path = f"{folder}/{name}"
         # The newer version: an older shim says that it does not know it.
         return Endpoint(f"unix://{path}", VERSION_MAX) if os.path.exists(path) else None
 
