@@ -47,6 +47,34 @@ def public_copy() -> Iterator[str]:
         shutil.rmtree(folder)
 
 
+@contextmanager
+def public_environment() -> Iterator[str | None]:
+    """A virtual environment with all of boxship that every user can use, its folder; None when no interpreter fits the packages."""
+    interpreter = public_interpreter()
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = os.path.realpath(os.path.join(sys.prefix, "lib", version, "site-packages"))
+    fits = interpreter is not None and interpreter.endswith((version, "python3", "python")) and subprocess.run(
+        [interpreter, "-c", f"import sys; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"]).returncode == 0
+    if interpreter is None or not fits or not open_to_all(os.path.dirname(packages)):
+        yield None
+        return
+    with public_copy() as package:
+        folder = f"{package}/environment"
+        os.makedirs(f"{folder}/lib/{version}/site-packages")
+        os.mkdir(f"{folder}/bin")
+        Path(folder, "pyvenv.cfg").write_text(f"home = {os.path.dirname(interpreter)}\ninclude-system-site-packages = false\n")
+        Path(folder, "lib", version, "site-packages", "boxship.pth").write_text(f"{package}\n{packages}\n")
+        for name in ("python", "python3"):
+            os.symlink(interpreter, f"{folder}/bin/{name}")
+        for name in ("boxrun", "containerd-shim-boxship-v1"):
+            shutil.copy(Path(sys.executable).with_name(name), f"{folder}/bin/{name}")
+        for name in ("boxship", "boxshipd"):
+            script = Path(folder, "bin", name)
+            script.write_text(f"#!{folder}/bin/python3\nimport sys\nfrom boxship.daemon.entry import {name}\nsys.exit({name}())\n")
+            script.chmod(0o755)
+        yield folder
+
+
 class Command:
     """Runs boxship as one user.
 

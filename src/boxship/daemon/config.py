@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from boxship.kit.errors import InvalidArgument
+from boxship.kit.user import user_of
 
 ROOT = "/var/lib/boxship"
 """Of the daemon of the whole machine."""
@@ -239,7 +240,7 @@ def with_flags(config: Config, flags: Mapping[str, str]) -> Config:
 
 def load(path: str = "", environ: Mapping[str, str] = os.environ, uid: int | None = None) -> Config:
     """Read the file `path`, or the default one if it is there. Raises InvalidArgument, OSError for a file that was named."""
-    uid = os.geteuid() if uid is None else uid
+    uid = user_of(environ) if uid is None else uid
     where = path or _folders(environ, uid)[2]
     try:
         with open(where, encoding="utf-8") as file:

@@ -25,6 +25,7 @@ from boxship.daemon.config import ROOT, Config, Docker
 from boxship.daemon.remote import Remote
 from boxship.images.configuration import configure
 from boxship.kit.errors import InvalidArgument
+from boxship.kit.user import user_of
 from boxship.network import Settings as NetworkSettings
 
 log = logging.getLogger("boxship.engine")
@@ -37,7 +38,7 @@ TEXTS = ("namespace", "snapshotter", "default_runtime", "cgroup_parent", "init")
 
 def settings(table: Mapping[str, Any], address: str) -> engine.Settings:
     """The engine's settings; `address` is where containerd is. Raises InvalidArgument, which names the key."""
-    values: dict[str, Any] = {"address": address}
+    values: dict[str, Any] = {"address": address, "rootless": user_of(os.environ) != 0}
     for key, value in table.items():
         if key in TEXTS:
             if not isinstance(value, str):
@@ -62,7 +63,7 @@ def settings(table: Mapping[str, Any], address: str) -> engine.Settings:
 def network(table: Mapping[str, Any], root: str) -> NetworkSettings:
     """The table [network]; with another root than the usual one the names of devices are others too. Raises InvalidArgument."""
     known = {each.name: each for each in dataclasses.fields(NetworkSettings) if each.name != "instance"}
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"bridge": "none"} if user_of(os.environ) else {}  # links to the machine are for its root to make
     for key, value in table.items():
         if key not in known:
             raise InvalidArgument(f"unknown key network.{key}")

@@ -12,14 +12,11 @@ if TYPE_CHECKING:
 
 def boxship() -> int:
     """The boxship command; ends the process, or returns the exit code of the daemon."""
-    import os
     import sys
 
     if sys.argv[1:2] != ["daemon"]:
         _command()
-    from boxship.daemon.server import main as daemon
-
-    return daemon(sys.argv[2:], os.environ)
+    return _daemon(sys.argv[2:])
 
 
 def _command() -> NoReturn:
@@ -40,9 +37,25 @@ def _command() -> NoReturn:
 
 def boxshipd() -> int:
     """The daemon under its own name; returns its exit code."""
+    import sys
+
+    return _daemon(sys.argv[1:])
+
+
+def _daemon(arguments: list[str]) -> int:
     import os
     import sys
 
+    if os.geteuid() != 0 and not {"publish", "--version", "-v", "--help", "-h"} & {*arguments}:
+        # Now: what the daemon imports may start threads, and one that has some cannot enter a user namespace.
+        from boxship.daemon import rootless
+        from boxship.kit.errors import BoxshipError
+
+        try:
+            rootless.enter(os.environ)
+        except (BoxshipError, OSError) as error:
+            sys.stderr.write(f"boxshipd: {error}\n")
+            return 1
     from boxship.daemon.server import main
 
-    return main(sys.argv[1:], os.environ)
+    return main(arguments, os.environ)

@@ -55,6 +55,8 @@ class Settings(NamedTuple):
     mirrors: tuple[str, ...] = ()
     insecure_registries: tuple[str, ...] = ()
     network: NetworkSettings = NetworkSettings(bridge="none")
+    rootless: bool = False
+    """Whether the daemon is root of a user's namespaces only: groups and limits are then what that user was given."""
 
 
 class Core:

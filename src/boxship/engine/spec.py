@@ -63,6 +63,8 @@ class Inputs(NamedTuple):
     """Host directory of a shared /dev/shm; "" for one of its own."""
     init: str
     """Path of the init program on the host when one was asked for."""
+    rootless: bool = False
+    """Whether who starts it is root of a user namespace only."""
 
 
 def build(config: dict[str, Any], host: dict[str, Any], command: list[str], inputs: Inputs) -> dict[str, Any]:
@@ -79,13 +81,16 @@ def build(config: dict[str, Any], host: dict[str, Any], command: list[str], inpu
         process["consoleSize"] = {"height": host["ConsoleSize"][0], "width": host["ConsoleSize"][1]}
     if rlimits := [_rlimit(each) for each in host["Ulimits"] or []]:
         process["rlimits"] = rlimits
+    limits = resources(host)
+    if limits.get("pids") == {"limit": -1}:
+        del limits["pids"]  # a new group has none, and a user who may make no group can be asked for none
     security = security_options(host["SecurityOpt"] or [])
     if security.get("no-new-privileges"):
         process["noNewPrivileges"] = True
     if security.get("apparmor") and security["apparmor"] != "unconfined":
         process["apparmorProfile"] = security["apparmor"]
     linux: dict[str, Any] = {
-        "resources": {"devices": _device_rules(host), **resources(host)}, "cgroupsPath": inputs.cgroups_path,
+        "resources": {"devices": _device_rules(host), **limits}, "cgroupsPath": inputs.cgroups_path,
         "namespaces": [
             {"type": kind, **({"path": path} if path else {})} for kind, path in inputs.namespaces.items() if path is not None
         ],
@@ -356,9 +361,21 @@ def _sysctls(config: dict[str, Any], host: dict[str, Any], inputs: Inputs) -> di
         found["kernel.domainname"] = config["Domainname"]  # the specification's `domainname` is unknown to older runtimes
     if inputs.namespaces.get("network") == "" and inputs.namespaces.get("user") is None:
         for name, value in (("net.ipv4.ping_group_range", "0 2147483647"), ("net.ipv4.ip_unprivileged_port_start", "0")):
-            if os.path.exists("/proc/sys/" + name.replace(".", "/")):
+            # The range ends with the last group that there is; rootless that is another one, and 0 is allowed anyway.
+            ranges_too_far = inputs.rootless and name.endswith("ping_group_range")
+            if not ranges_too_far and os.path.exists("/proc/sys/" + name.replace(".", "/")):
                 found[name] = value
     return found | {str(key): str(value) for key, value in (host["Sysctls"] or {}).items()}
+
+
+def _is_group(number: int) -> bool:
+    """Whether the group exists in this process's user namespace."""
+    with open("/proc/self/gid_map", encoding="ascii") as file:
+        return any(int(first) <= number < int(first) + int(count) for first, _, count in map(str.split, file))
+
+
+_SHOWS = {"/sys": "network", "/proc": "pid", "/dev/mqueue": "ipc"}
+"""The kind of namespace that a file system shows."""
 
 
 def _mounts(config: dict[str, Any], host: dict[str, Any], inputs: Inputs) -> list[dict[str, Any]]:
@@ -378,6 +395,12 @@ def _mounts(config: dict[str, Any], host: dict[str, Any], inputs: Inputs) -> lis
             chosen.append(f"size={host['ShmSize'] or SHM_SIZE}")
         if host["Privileged"] and destination in ("/sys", "/sys/fs/cgroup"):
             chosen = [option for option in chosen if option != "ro"]
+        if inputs.rootless and destination == "/dev/pts" and not _is_group(5):
+            chosen.remove("gid=5")
+        shows = _SHOWS.get(destination)
+        if inputs.rootless and shows and inputs.namespaces.get(shows) is None:
+            # New mounts of these are for who owns the namespace that they show.
+            kind, source, chosen = "bind", destination, ["rbind", *chosen]
         mounts.append({"destination": destination, "type": kind, "source": source, "options": chosen})
     mounts += sorted(inputs.mounts, key=lambda mount: mount["destination"].count("/") if mount["destination"] != "/" else 0)
     if inputs.init:

@@ -103,12 +103,20 @@ async def specification(core: Core, accounts: Accounts, container: Container) ->
     config = {**config, "Env": [*networking.link_environment(core, container), *(config["Env"] or [])]}
     inputs = spec.Inputs(
         uid=user.uid, gid=user.gid, groups=user.groups, home=user.home, mounts=_mounts(core, container), namespaces=namespaces,
-        hostname=hostname, cgroups_path=f"{host['CgroupParent'] or core.settings.cgroup_parent}/{container.id}",
+        hostname=hostname, cgroups_path=_cgroups_path(core, container),
         shm_path=_shared_memory(core, container),
-        init=init_program(core) if host["Init"] and not host["PidMode"] else "")
+        init=init_program(core) if host["Init"] and not host["PidMode"] else "", rootless=core.settings.rootless)
     made = spec.build(config, host, [container.path, *container.args], inputs)
     devices.add(made, host["DeviceRequests"] or [], core.settings.cdi_directories)
     return made
+
+
+def _cgroups_path(core: Core, container: Container) -> str:
+    """Rootless without a parent it is the runtime's choice, which forgives that a user may make no group."""
+    parent = container.host["CgroupParent"]
+    if not parent and core.settings.rootless:
+        return ""
+    return f"{parent or core.settings.cgroup_parent}/{container.id}"
 
 
 def _joined(core: Core, mode: str, kind: str) -> Container:

@@ -27,7 +27,7 @@ class Context:
         root: folder that holds one folder of state per container.
         no_cgroups: whether containers made now stay in the caller's cgroups (podman's --cgroups=disabled).
         systemd_cgroup: whether containers made now are put into systemd scopes.
-        rootless: whether cgroup errors for want of permission are forgiven; None decides by the effective uid.
+        rootless: whether cgroup errors for want of permission are forgiven; None: for who is not root of the machine.
         log: called with a level and a message.
         parent: who becomes the parent of processes that the runtime starts.
         environ, cwd: of the caller, which need not be those of this process.
@@ -46,7 +46,7 @@ class Context:
             self.root = os.path.join(self.cwd, self.root)
         self.systemd_cgroup = systemd_cgroup
         self.no_cgroups = False
-        self.rootless = os.geteuid() != 0 if rootless is None else rootless
+        self.rootless = _is_rootless() if rootless is None else rootless
         self.log = log
         if parent is None:
             from boxship.runtime.parent import Direct
@@ -61,6 +61,15 @@ class Context:
     def warn(self, message: str) -> None:
         """Tell the user of something that was done differently from what was asked."""
         self.log(WARNING, message)
+
+
+def _is_rootless() -> bool:
+    """As runc decides: root of a user namespace may have no more rights than its owner."""
+    if os.geteuid() != 0:
+        return True
+    from boxship.linux.cgroups.arrangement import in_user_namespace
+
+    return in_user_namespace()
 
 
 def default_root(environ: dict[str, str]) -> str:
