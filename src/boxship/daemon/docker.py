@@ -111,7 +111,7 @@ class Served:
 def _give(path: str, settings: Docker) -> None:
     """The owner and the group of the socket. Raises OSError."""
     gid = settings.gid
-    if gid < 0 and settings.group and os.geteuid() == 0:
+    if gid < 0 and settings.group and user_of(os.environ) == 0:
         try:
             gid = grp.getgrnam(settings.group).gr_gid
         except KeyError:
