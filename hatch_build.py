@@ -1,6 +1,7 @@
-"""Build step of the wheel: compiles the four C programs and the one C extension.
+"""Build step of the wheel: compiles the four C programs and the two C extensions.
 
 * ``boxship/linux/_sys.abi3.so``: the system calls that Python lacks.
+* ``boxship/network/proxy/_relay.abi3.so``: the byte streams of published ports.
 * ``boxship/runtime/_init``: the program that a container's first process runs until the user's own (see
   ``boxship/linux/remote.py``); static and free of libc, because it runs inside the container.
 * ``boxship/engine/docker-init``: the first process of a container that was asked to have an init; static and free of libc too.
@@ -25,7 +26,7 @@ FREESTANDING = [
     "-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector", "-fno-pie", "-no-pie", "-fcf-protection=none",
     "-fno-asynchronous-unwind-tables", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,-z,norelro", "-s",
 ]
-IN_PACKAGE = {"_sys.abi3.so": "linux", "_init": "runtime", "docker-init": "engine"}
+IN_PACKAGE = {"_sys.abi3.so": "linux", "_init": "runtime", "docker-init": "engine", "_relay.abi3.so": "network/proxy"}
 WARN = ["-Wall", "-Wextra", "-Werror=implicit-function-declaration", "-O2"]
 
 
@@ -38,6 +39,7 @@ def compile_native(out: Path) -> dict[str, Path]:
     include = sysconfig.get_path("include")
     jobs = {
         "_sys.abi3.so": ["-shared", "-fPIC", f"-I{include}", *(str(native / f"{part}.c") for part in ("sys", "program", "hold"))],
+        "_relay.abi3.so": ["-shared", "-fPIC", "-pthread", f"-I{include}", str(native / "relay.c")],
         "_init": [*FREESTANDING, str(native / "init.c")],
         "docker-init": [*FREESTANDING, str(native / "reaper.c")],
         "boxrun": ["-static", "-s", str(native / "boxrun.c")],

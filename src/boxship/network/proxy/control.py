@@ -1,0 +1,55 @@
+"""What the daemon and the helper say to each other.
+
+Runs in: the daemon, and the helper.
+Spec: unix(7), SOCK_SEQPACKET: each message is one JSON object, each has one answer, in the same order; a listening socket may come
+with `publish` (SCM_RIGHTS). An answer is {} or has what was asked for, or {"error": text, "code": the number of its class in kit.errors}.
+
+    {"do": "hello"}                                 → {"version": VERSION, "instance": which helper this is, "pid": …}
+    {"do": "begin", "what": "ports" or "names"}     all there is to be follows
+    {"do": "end", "what": …}                        what was not named since `begin` is dropped
+    {"do": "publish", "port": PortMapping}          once answered, it listens
+    {"do": "withdraw", "port": PortMapping}         once answered, it is free, and its connections are closed
+    {"do": "network", "network": id, "name": …}     {"do": "forget", "network": id}
+    {"do": "join", "network": id, "endpoint": id, "names": […], "addresses": […]}       {"do": "leave", "endpoint": id}
+    {"do": "attach", "sandbox": id, "netns": path, "networks": [[id, {alias: name}], …], "servers": [[address, in the host's
+     namespace], …], "ndots": whether the container's resolv.conf says so}              {"do": "detach", "sandbox": id}
+    {"do": "stop"}
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+VERSION = 1
+MESSAGE_MAX = 128 << 10
+SOCKET, LOCK, LOG = "socket", "lock", "log"
+PROTOCOLS = {"tcp": 6, "udp": 17, "sctp": 132}
+
+
+class PortMapping(NamedTuple):
+    """A port of the host that leads to one of a container."""
+
+    protocol: str
+    """tcp, udp or sctp."""
+    host_ip: str
+    """An address of the host, 0.0.0.0 or :: for all of that family."""
+    host_port: int
+    container_ip: str
+    """IPv4 or IPv6, whatever the family of the host's address."""
+    container_port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.host_ip}]" if ":" in self.host_ip else self.host_ip
+        container = f"[{self.container_ip}]" if ":" in self.container_ip else self.container_ip
+        return f"{host}:{self.host_port}:{container}:{self.container_port}/{self.protocol}"
+
+
+def folder(state_dir: str) -> str:
+    """Where the helper's socket, its lock and its log are."""
+    return os.path.join(state_dir, "network")
+
+
+def address(folder_fd: int) -> str:
+    """The socket in that folder as an address; a path of any length fits this way."""
+    return f"/proc/self/fd/{folder_fd}/{SOCKET}"

@@ -1,0 +1,107 @@
+"""Listening sockets of published ports, and what serves them.
+
+Runs in: the helper.
+Spec: ip(7), ipv6(7), tcp(7), udp(7), sctp(7); the texts are dockerd's.
+"""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import os
+
+from boxship.kit.errors import BoxshipError, InvalidArgument, Unsupported
+from boxship.network.proxy import _relay
+from boxship.network.proxy.control import PROTOCOLS, PortMapping
+from boxship.network.proxy.udp import Datagrams
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from boxship.kit.loop import Loop
+
+_BACKLOG = 4096
+_KEEPALIVE = ((_socket.TCP_KEEPIDLE, 60), (_socket.TCP_KEEPINTVL, 15), (_socket.TCP_KEEPCNT, 9))
+_WORKERS_MAX = 4
+
+
+class Streams:
+    """A TCP or SCTP port, served by the threads of `_relay`."""
+
+    def __init__(self, listener: _socket.socket, mapping: PortMapping) -> None:
+        """Takes the listening socket. Raises OSError."""
+        # Accepted sockets inherit these: two hops must not add a delay each, and who has vanished is not kept for ever.
+        if mapping.protocol == "tcp":
+            listener.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
+            listener.setsockopt(_socket.SOL_SOCKET, _socket.SO_KEEPALIVE, 1)
+            for option, value in _KEEPALIVE:
+                listener.setsockopt(_socket.IPPROTO_TCP, option, value)
+        _relay.start(min(_WORKERS_MAX, len(os.sched_getaffinity(0))))
+        self._id = _relay.listen(
+            listener.detach(), mapping.container_ip, mapping.container_port, PROTOCOLS[mapping.protocol]
+        )
+
+    def connections(self) -> int:
+        """How many are open."""
+        return _relay.connections(self._id)
+
+    def close(self) -> None:
+        """The port is free, and its connections are closed."""
+        _relay.withdraw(self._id)
+
+
+def check(mapping: PortMapping) -> None:
+    """Raises InvalidArgument for what is no mapping."""
+    if mapping.protocol not in PROTOCOLS:
+        raise InvalidArgument(f"{mapping.protocol}: no such protocol of ports")
+    for address, port in ((mapping.host_ip, mapping.host_port), (mapping.container_ip, mapping.container_port)):
+        try:
+            _socket.inet_pton(_socket.AF_INET6 if ":" in address else _socket.AF_INET, address)
+        except (OSError, ValueError):
+            raise InvalidArgument(f"invalid IP address: {address}") from None
+        if not 0 < port < 65536:
+            raise InvalidArgument(f"invalid port: {port}")
+
+
+def serve(loop: Loop, mapping: PortMapping, listener: int = -1) -> Streams | Datagrams:
+    """Listen, on the descriptor `listener` (taken) or on a new socket, and serve. Raises BoxshipError."""
+    check(mapping)
+    try:
+        made = _listen(mapping) if listener < 0 else _socket.socket(fileno=listener)
+        try:
+            made.setblocking(False)
+            if mapping.protocol == "udp":
+                return Datagrams(loop, made, mapping)
+            made.listen(_BACKLOG)
+            return Streams(made, mapping)
+        except BaseException:
+            made.close()
+            raise
+    except OSError as error:
+        if error.errno in (errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT):
+            lacks = "SCTP" if mapping.protocol == "sctp" else "IPv6" if ":" in mapping.host_ip else mapping.protocol
+            raise Unsupported(
+                f"failed to bind host port for {mapping}: the kernel has no {lacks}", "load its module, or publish the port otherwise"
+            ) from None
+        text = "cannot assign requested address" if error.errno == errno.EADDRNOTAVAIL else (error.strerror or "").lower()
+        raise BoxshipError(f"failed to bind host port for {mapping}: {text}") from None
+
+
+def _listen(mapping: PortMapping) -> _socket.socket:
+    """A bound socket. Raises OSError."""
+    v6 = ":" in mapping.host_ip
+    made = _socket.socket(
+        _socket.AF_INET6 if v6 else _socket.AF_INET,
+        (_socket.SOCK_DGRAM if mapping.protocol == "udp" else _socket.SOCK_STREAM) | _socket.SOCK_CLOEXEC,
+        PROTOCOLS[mapping.protocol],
+    )
+    try:
+        if v6:
+            # All IPv4 addresses are another mapping.
+            made.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 1)
+        if mapping.protocol != "udp":
+            made.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+        made.bind((mapping.host_ip, mapping.host_port))
+    except BaseException:
+        made.close()
+        raise
+    return made
