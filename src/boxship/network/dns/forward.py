@@ -1,8 +1,8 @@
 """Questions that are for the servers outside: passed on as they came, and the answers as they are.
 
 Runs in: the helper, on its loop.
-Spec: RFC 1035 section 4.2, RFC 5452 (an answer must come from whom was asked, to where it was asked from, under the number and for
-the question asked). As libnetwork does: one server after the other, the next when one is silent, refuses or fails.
+Spec: RFC 1035 section 4.2; RFC 5452: an answer must come from whom was asked, to where it was asked from, under the number and
+for the question asked. As libnetwork does: one server after the other, the next when one is silent, refuses or fails.
 """
 
 from __future__ import annotations

@@ -21,7 +21,9 @@ UDP_SIZE, OWN_SIZE, MESSAGE_MAX = 512, 4096, 65535
 
 _HEADER = Struct(">HHHHHH")
 _TWO = Struct(">HH")
+_THREE = Struct(">HHH")
 _RECORD = Struct(">HHHIH")
+_RECORD_HEAD = Struct(">HHIH")
 _NAME_MAX, _LABEL_MAX = 255, 63
 _RESPONSE, _TRUNCATED, _DESIRED, _AVAILABLE, _CHECKING = 0x8000, 0x0200, 0x0100, 0x0080, 0x0010
 _AT_QUESTION = 0xC00C
@@ -113,9 +115,6 @@ def _additional(query: Query, packet: bytes, at: int, count: int, broken: Malfor
             query.payload = max(klass, UDP_SIZE)
 
 
-_RECORD_HEAD = Struct(">HHIH")
-
-
 def _refuse(number: int, flags: int, code: int) -> bytes:
     return _HEADER.pack(number, _RESPONSE | (flags & (_OPCODE | _DESIRED)) | code, 0, 0, 0, 0)
 
@@ -158,7 +157,7 @@ def answers(query: Query, number: int, packet: bytes) -> int:
     """The code of `packet`, when it is the answer to the query sent under `number`; -1 when it is something else."""
     if len(packet) < _HEADER.size:
         return -1
-    found, flags, questions, _, _, _ = _HEADER.unpack_from(packet)
+    found, flags, questions = _THREE.unpack_from(packet)
     if found != number or not flags & _RESPONSE or flags & _OPCODE:
         return -1
     end = _HEADER.size + len(query.question)
@@ -167,7 +166,7 @@ def answers(query: Query, number: int, packet: bytes) -> int:
         return -1
     if not questions and flags & 0xF == NOERROR:
         return -1
-    return flags & 0xF
+    return int(flags & 0xF)
 
 
 def address_of(name: str) -> str:

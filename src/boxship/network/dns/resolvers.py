@@ -177,9 +177,9 @@ class Resolver:
             except OSError:
                 continue
 
-            def reply(answer: bytes, address: object = address) -> None:
+            def reply(answer: bytes, address: Any = address) -> None:
                 try:
-                    served.sendto(answer, address)  # type: ignore[arg-type]
+                    served.sendto(answer, address)
                 except OSError:
                     pass  # it has gone, or does not read: it will ask again
 

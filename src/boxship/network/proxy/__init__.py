@@ -7,6 +7,6 @@ Spec: what dockerd's docker-proxy does, one process of which there is for each p
     daemon ── dns.client ────┴── SOCK_SEQPACKET ── helper ── udp     flows of datagrams
                                  STATE/network/socket        └── dns     a resolver in each container's namespace
 
-The helper outlives the daemon: connections stay open, names are answered, and the next daemon finds it by its socket and says what
-there is to be. It ends when it has nothing to do and no daemon is there.
+The helper outlives the daemon: connections stay open, names are answered, and the next daemon finds it by its socket and says
+what there is to be. It ends when it has nothing to do and no daemon is there.
 """

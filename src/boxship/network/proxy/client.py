@@ -2,8 +2,8 @@
 
 Runs in: the daemon, in any thread; calls block, some milliseconds when a helper has to be started.
 
-The client remembers what is to be. When the helper was killed, the next call (or the one that watches, `watch`) starts another and
-tells it all; connections of the former are lost, and nothing else. `sync` makes a helper that was there before this daemon agree.
+The client remembers what is to be. When the helper was killed, the next call (or the one that watches, `watch`) starts another
+and tells it all; connections of the former are lost, and nothing else. `sync` makes a helper of a former daemon agree.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import fcntl
 import json
 import logging
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -30,6 +31,7 @@ __all__ = ["PortMapping", "Proxy"]
 log = logging.getLogger("boxship.network.proxy")
 
 PATIENCE_S = 15.0
+_NOTHING = "nothing"
 _BATCH = 32
 """Messages on their way at a time; their answers fit into the socket's buffer."""
 
@@ -45,7 +47,7 @@ class Proxy:
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._told = ""
-        """The instance of the helper that knows all of it."""
+        """The instance of the helper that knows all of it; "" before this daemon has met one."""
         self._ports: dict[PortMapping, None] = {}
         self._tellers: list[Callable[[], Iterable[Message]]] = [self._tell_ports]
         self._closing = threading.Event()
@@ -58,7 +60,7 @@ class Proxy:
             self._connect()
 
     def publish(self, mapping: PortMapping, listener: socket.socket | None = None) -> None:
-        """Serve a port; it listens when this returns. `listener` (borrowed) is a socket that is bound, and for TCP listens, already.
+        """Serve a port; it listens when this returns. `listener` (borrowed) is a socket that is bound already.
 
         Publishing it again does nothing; another target of the same host port replaces the former.
         Raises BoxshipError with dockerd's text when the port is in use, Unsupported when the kernel lacks the protocol.
@@ -69,7 +71,7 @@ class Proxy:
             self._ports[mapping] = None
 
     def withdraw(self, mapping: PortMapping) -> None:
-        """Stop serving a port: it is free, and its connections are closed, when this returns. Nothing happens when it is not served."""
+        """Stop serving a port: it is free, and its connections are closed, when this returns. It may be that it is not served."""
         with self.lock:
             self._ports.pop(mapping, None)
             if self.running():
@@ -152,9 +154,10 @@ class Proxy:
         pause_s = 0.001
         while not self._attach():
             if self._start():
+                self._told = _NOTHING
                 continue
             if time.monotonic() > deadline:
-                raise Unavailable(f"the network helper does not answer at {self.folder}/{control.SOCKET}", "see the log beside it")
+                raise Unavailable(f"the network helper does not answer at {self.folder}/{control.SOCKET}", "see its log there")
             # It is about to end, or another daemon is starting it.
             time.sleep(pause_s)
             pause_s = min(pause_s * 2, 0.1)
@@ -268,8 +271,6 @@ class Proxy:
         return answers
 
     def _watch(self) -> None:
-        import select
-
         while not self._closing.is_set():
             with self.lock:
                 watched = self._socket
@@ -299,9 +300,6 @@ class Proxy:
 
 def _ended(connected: socket.socket) -> bool:
     """Whether the other side is gone. It says nothing unasked."""
-    try:
-        return connected.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
+    poll = select.poll()
+    poll.register(connected, select.POLLIN)
+    return bool(poll.poll(0))

@@ -1,8 +1,8 @@
 """What the daemon and the helper say to each other.
 
 Runs in: the daemon, and the helper.
-Spec: unix(7), SOCK_SEQPACKET: each message is one JSON object, each has one answer, in the same order; a listening socket may come
-with `publish` (SCM_RIGHTS). An answer is {} or has what was asked for, or {"error": text, "code": the number of its class in kit.errors}.
+Spec: unix(7), SOCK_SEQPACKET: each message is one JSON object, each has one answer, in the same order; a bound socket may come
+with `publish` (SCM_RIGHTS). An answer has what was asked for, or {"error": text, "code": the number of its class in kit.errors}.
 
     {"do": "hello"}                                 → {"version": VERSION, "instance": which helper this is, "pid": …}
     {"do": "begin", "what": "ports" or "names"}     all there is to be follows

@@ -80,7 +80,7 @@ def serve(loop: Loop, mapping: PortMapping, listener: int = -1) -> Streams | Dat
         if error.errno in (errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT):
             lacks = "SCTP" if mapping.protocol == "sctp" else "IPv6" if ":" in mapping.host_ip else mapping.protocol
             raise Unsupported(
-                f"failed to bind host port for {mapping}: the kernel has no {lacks}", "load its module, or publish the port otherwise"
+                f"failed to bind host port for {mapping}: the kernel has no {lacks}", "load its module if it has one"
             ) from None
         text = "cannot assign requested address" if error.errno == errno.EADDRNOTAVAIL else (error.strerror or "").lower()
         raise BoxshipError(f"failed to bind host port for {mapping}: {text}") from None

@@ -15,6 +15,8 @@ from boxship.network.proxy.control import PortMapping
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from boxship.kit.loop import Loop
 
 IDLE_S = 90.0
@@ -36,7 +38,7 @@ Ancillary = list[tuple[int, int, bytes]]
 class _Client:
     __slots__ = ("address", "key", "socket", "source", "used")
 
-    def __init__(self, key: object, made: _socket.socket, address: object, source: Ancillary) -> None:
+    def __init__(self, key: object, made: _socket.socket, address: Any, source: Ancillary) -> None:
         self.key = key
         self.socket = made
         self.address = address
@@ -102,7 +104,7 @@ class Datagrams:
             client.used = now_s
             _send(client.socket, data)
 
-    def _meet(self, key: object, address: object, source: Ancillary) -> _Client:
+    def _meet(self, key: object, address: Any, source: Ancillary) -> _Client:
         if len(self._clients) >= CLIENTS_MAX:
             self._forget(next(iter(self._clients.values())))
         made = _socket.socket(self._family, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC | _socket.SOCK_NONBLOCK, 0)
@@ -128,7 +130,7 @@ class Datagrams:
                 if client.source:
                     self._listener.sendmsg([data], client.source, 0, client.address)
                 else:
-                    self._listener.sendto(data, client.address)  # type: ignore[arg-type]
+                    self._listener.sendto(data, client.address)
             except OSError:
                 pass  # the client cannot be reached, or the buffer is full: datagrams get lost
 
