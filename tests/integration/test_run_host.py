@@ -1,4 +1,7 @@
-"""`boxship run`, on the real kernel: what a container sees, what it cannot, and that nothing of it stays."""
+"""`boxship run host`, on the real kernel: what a container sees, what it cannot, and that nothing of it stays.
+
+Each promise holds by the daemon, which is how root runs it, and without one, which is how users do, and root with --no-daemon.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from support.command import Command, public_copy, public_interpreter
+from support.daemon import clear
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 
@@ -53,16 +58,33 @@ def subordinate() -> Iterator[tuple[int, int]]:
         subprocess.run(["userdel", name], check=True)
 
 
-@pytest.fixture(params=["root", "single", "subordinate"])
+@pytest.fixture(scope="module")
+def daemons() -> Iterator[Path]:
+    """The folder of a daemon that the first command starts."""
+    folder = Path("/tmp", f"bd-{secrets.token_hex(4)}")
+    folder.mkdir(mode=0o755)
+    yield folder
+    assert (folder / "state/docker.sock").is_socket(), "no daemon was started: the tests have shown the other way twice"
+    clear(folder)
+
+
+@pytest.fixture(params=["daemon", "root", "single", "subordinate"])
 def boxship(request: pytest.FixtureRequest, package: str, interpreter: str) -> Iterator[Command]:
-    """The command as root, as a user with one id, and as a user with many."""
+    """The command as root by the daemon, as root without, as a user with one id, and as a user with many."""
+    if request.param == "daemon":
+        folder = request.getfixturevalue("daemons")
+        # The daemon is started by the interpreter that has what it needs.
+        flags = ("--rm", "--cgroup-parent", f"/{folder.name}")
+        yield from _command(package, sys.executable, 0, 0, *flags, BOXSHIP_ROOT=f"{folder}/root", BOXSHIP_STATE=f"{folder}/state")
+        return
     uid, gid = {"root": (0, 0), "single": (64999, 64999)}.get(request.param) or request.getfixturevalue("subordinate")
-    yield from _command(package, interpreter, uid, gid)
+    yield from _command(package, interpreter, uid, gid, *([] if uid else ["--no-daemon"]))
 
 
 @pytest.fixture
 def as_root(package: str, interpreter: str) -> Iterator[Command]:
-    yield from _command(package, interpreter, 0, 0)
+    """As root, without the daemon."""
+    yield from _command(package, interpreter, 0, 0, "--no-daemon")
 
 
 @pytest.fixture
@@ -71,6 +93,8 @@ def as_user(package: str, interpreter: str) -> Iterator[Command]:
 
 
 def _places(command: Command) -> list[Path]:
+    if root := command.environ.get("BOXSHIP_ROOT"):
+        return [Path(root, "engine/containers")]
     if command.uid == 0:
         return [Path("/var/lib/boxship/scratch"), Path("/run/boxship/boxrun")]
     return [Path(command.home, ".local/share/boxship/scratch"), Path(f"/tmp/boxship-{command.uid}/boxrun")]
@@ -79,8 +103,13 @@ def _places(command: Command) -> list[Path]:
 def _traces(command: Command) -> set[str]:
     """What a container could leave: mounts, cgroups, scratch folders, records."""
     found = {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+    root = command.environ.get("BOXSHIP_ROOT")
+    if root:  # what a daemon keeps mounted of an image's layers is no container's
+        found = {point for point in found if point.startswith(os.path.dirname(root)) and "/io.containerd.snapshotter." not in point}
+    # Other daemons of this machine have /boxship/ID.
+    mark = f"/{Path(root).parent.name}/" if root else "/boxship-"
     for hierarchy, _, _ in os.walk("/sys/fs/cgroup"):
-        if "/boxship" in hierarchy:
+        if mark in hierarchy:
             found.add(hierarchy)
     for place in _places(command):
         if place.is_dir():
@@ -89,14 +118,17 @@ def _traces(command: Command) -> set[str]:
     return found
 
 
-def _command(package: str, interpreter: str, uid: int, gid: int) -> Iterator[Command]:
+def _command(package: str, interpreter: str, uid: int, gid: int, *run_flags: str, **environ: str) -> Iterator[Command]:
     home = f"/tmp/boxship-home-{secrets.token_hex(4)}"
     os.mkdir(home, 0o700)
     os.chown(home, uid, gid)
-    command = Command(interpreter, package, uid, gid, home)
+    command = Command(interpreter, package, uid, gid, home, *run_flags, **environ)
     before = _traces(command)
     try:
         yield command
+        if "BOXSHIP_ROOT" in environ:
+            # By then the container has been forgotten; the daemon takes down what it had when who waits has the answer.
+            wait_for(lambda: not _traces(command) - before)
         assert _traces(command) - before == set()
     finally:
         shutil.rmtree(home)
@@ -116,7 +148,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def test_the_process_is_the_first_of_its_own_world(boxship: Command) -> None:
-    out = boxship.shell("echo $$; uname -n; ls /proc | grep -c '^[0-9]'; id -u; cat /etc/hostname", "--name", "t-first")
+    out = boxship.shell("echo $$; uname -n; ls /proc | grep -c '^[0-9]'; id -u; cat /etc/hostname", "--name", "t-first", "-h", "t-first")
     pid, host, processes, uid, hostname = out.split()
     assert (pid, host, uid, hostname) == ("1", "t-first", "0", "t-first")
     assert int(processes) <= 3  # the shell, ls and grep
@@ -137,7 +169,8 @@ def test_without_a_network_there_is_loopback_alone_and_it_works(boxship: Command
                         "s.create_connection(a.getsockname()); print(\"connected\")'")
     assert [line.split(":")[0].strip() for line in out.splitlines() if ":" in line] == ["lo"]
     assert "connected" in out
-    assert "nameserver" not in out
+    if "BOXSHIP_ROOT" not in boxship.environ:  # the engine shows the machine's, as dockerd does
+        assert "nameserver" not in out
 
 
 def test_the_callers_network_is_shared_when_asked_for(boxship: Command) -> None:
@@ -351,7 +384,7 @@ def test_standard_input_is_connected_only_when_asked_for(boxship: Command) -> No
 def test_a_terminal_is_a_terminal(boxship: Command) -> None:
     master, slave = pty.openpty()
     process = subprocess.Popen(
-        [*boxship.words, "run", "-it", "host", "--", "sh", "-c", "test -t 0 && test -t 1 && tty; read line; echo got $line; exit 3"],
+        boxship.line("run", "-it", "host", "--", "sh", "-c", "test -t 0 && test -t 1 && tty; read line; echo got $line; exit 3"),
         stdin=slave, stdout=slave, stderr=slave, start_new_session=True, **boxship.settings,  # type: ignore[call-overload]
     )
     os.close(slave)

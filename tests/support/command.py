@@ -80,9 +80,13 @@ class Command:
 
     Attributes:
         uid, gid: whose; home: of that user, an empty folder.
+        run_flags: go into every `run` of the image `host`.
+        environ: more variables of the environment.
     """
 
-    def __init__(self, interpreter: str, package: str, uid: int, gid: int, home: str) -> None:
+    def __init__(self, interpreter: str, package: str, uid: int, gid: int, home: str, *run_flags: str, **environ: str) -> None:
+        self.run_flags = run_flags
+        self.environ = environ
         self.interpreter = interpreter
         self.package = package
         self.uid = uid
@@ -96,19 +100,26 @@ class Command:
     @property
     def settings(self) -> dict[str, object]:
         """Keyword arguments of Popen."""
-        environ = {"PATH": PATH, "HOME": self.home, "PYTHONPATH": self.package, "PYTHONDONTWRITEBYTECODE": "1"}
+        environ = {"PATH": PATH, "HOME": self.home, "PYTHONPATH": self.package, "PYTHONDONTWRITEBYTECODE": "1",
+                   **self.environ}
         return {"env": environ, "user": self.uid, "group": self.gid, "extra_groups": [], "cwd": self.home}
+
+    def line(self, *arguments: str) -> list[str]:
+        """The whole command line."""
+        if arguments[0] == "run" and "host" in arguments:
+            arguments = ("run", *self.run_flags, *arguments[1:])
+        return [*self.words, *arguments]
 
     def __call__(self, *arguments: str, text: str = "", timeout: float = 60) -> subprocess.CompletedProcess[str]:
         """Run to the end; `text` is standard input."""
         return subprocess.run(
-            [*self.words, *arguments], input=text, capture_output=True, text=True, timeout=timeout, **self.settings  # type: ignore[call-overload]
+            self.line(*arguments), input=text, capture_output=True, text=True, timeout=timeout, **self.settings  # type: ignore[call-overload]
         )
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Begin to run."""
         return subprocess.Popen(
-            [*self.words, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            self.line(*arguments), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             **self.settings,  # type: ignore[call-overload]
         )
 

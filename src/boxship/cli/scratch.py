@@ -68,10 +68,18 @@ def prepare(path: str) -> None:
 
 def fit(path: str) -> bool:
     """Whether a folder can carry upper layers: by file system, and free of what overlay's options cannot express."""
+    try:
+        prepare(path)
+    except OSError:
+        return False
+    return carries(path)
+
+
+def carries(path: str) -> bool:
+    """Whether a folder that is there can carry upper layers."""
     if any(char in path for char in ',:\\"') or any(char.isspace() for char in path):
         return False
     try:
-        prepare(path)
         return os.access(path, os.W_OK | os.X_OK) and filesystem_type(path) not in _UNFIT
     except OSError:
         return False

@@ -97,6 +97,8 @@ def build(config: dict[str, Any], host: dict[str, Any], command: list[str], inpu
         "maskedPaths": _paths(host["MaskedPaths"], MASKED, privileged=privileged),
         "readonlyPaths": _paths(host["ReadonlyPaths"], READ_ONLY, privileged=privileged),
     }
+    if inputs.namespaces.get("user") is not None:
+        linux["uidMappings"], linux["gidMappings"] = _same_ids("/proc/self/uid_map"), _same_ids("/proc/self/gid_map")
     if sysctls := _sysctls(config, host, inputs):
         linux["sysctl"] = sysctls
     if devices := _devices(host):
@@ -116,6 +118,13 @@ def build(config: dict[str, Any], host: dict[str, Any], command: list[str], inpu
     if propagations:
         linux["rootfsPropagation"] = "shared" if any("shared" in each for each in propagations) else "rslave"
     return spec
+
+
+def _same_ids(path: str) -> list[dict[str, int]]:
+    """Every id that the daemon's own user namespace has, as itself."""
+    with open(path, encoding="ascii") as file:
+        rows = [line.split() for line in file]
+    return [{"containerID": int(row[0]), "hostID": int(row[0]), "size": int(row[2])} for row in rows]
 
 
 def user(inputs: Inputs) -> dict[str, Any]:

@@ -145,6 +145,8 @@ def _namespaces(core: Core, container: Container) -> dict[str, str | None]:
         found["uts"] = None
     if host["CgroupnsMode"] == "private":
         found["cgroup"] = ""
+    if host["UsernsMode"] == "private":
+        found["user"] = ""
     return found
 
 
@@ -198,7 +200,7 @@ def write_files(core: Core, container: Container, hostname: str) -> None:
 def _mounts(core: Core, container: Container) -> list[dict[str, Any]]:
     host = container.host
     try:
-        made = core.images.builtin.mounts(container.image_id, container.file("machine"))
+        made = core.images.builtin.mounts(container.image_id, container.file("machine"), read_only=host["ReadonlyRootfs"])
     except OSError as error:
         raise from_os_error(error, "making room for what the container writes") from None
     taken = {point["Destination"] for point in container.mounts}

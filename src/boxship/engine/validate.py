@@ -154,7 +154,7 @@ def _modes(host: dict[str, Any]) -> None:
     for key, words, default in (
         ("NetworkMode", ("none", "host", "bridge", "default"), "default"),
         ("IpcMode", ("none", "private", "shareable", "host"), "private"),
-        ("PidMode", ("host",), ""), ("UTSMode", ("host",), ""), ("UsernsMode", ("host",), ""),
+        ("PidMode", ("host",), ""), ("UTSMode", ("host",), ""), ("UsernsMode", ("host", "private"), ""),
         ("CgroupnsMode", ("host", "private"), "")):
         value = host[key]
         if not value:
@@ -166,5 +166,10 @@ def _modes(host: dict[str, Any]) -> None:
             shown = {"IpcMode": "IPC", "PidMode": "PID", "UTSMode": "UTS", "UsernsMode": "user namespace",
                 "CgroupnsMode": "cgroup namespace"}
             raise InvalidArgument(f"invalid {shown[key]} mode: {value}")
+    # Ours, beside docker's "host": every id is itself, but capabilities end at the container. /sys belongs to who owns the
+    # network namespace, and mqueue to who owns the ipc namespace.
+    if host["UsernsMode"] == "private" and (host["NetworkMode"] != "none" or host["Privileged"]
+            or any(host[key] not in ("", "private") for key in ("PidMode", "UTSMode", "IpcMode"))):
+        raise InvalidArgument("user namespace mode private: the container needs namespaces of its own, and network none")
     if host["UTSMode"] == "host" and host["NetworkMode"] == "":
         raise InvalidArgument("invalid UTS mode")

@@ -169,3 +169,25 @@ def test_a_containers_life_from_the_command_line(own: Own, tmp_path: Path) -> No
     assert "down" in own.out("events", "--since", "10m", "--until", "0s")
     own.out("system", "prune", "-af")
     assert own.out("images", "-q") == own.out("ps", "-aq") == ""
+
+
+def test_the_machines_own_image_goes_by_the_daemon_and_without_one_where_there_can_be_none(own: Own) -> None:
+    script = 'echo $$; ls /sys/class/net; test -e /etc/shadow || echo none'
+    assert own.out("run", "--rm", "host", "--", "sh", "-c", script) == "1\nlo\nnone"
+    assert len(own.daemons()) == 1
+    assert own.out("ps", "-aq") == ""
+    own.end()
+    own.env["BOXSHIP_ROOT"] = "/proc/nowhere"
+    assert own.out("run", "--rm", "host", "--", "sh", "-c", script) == "1\nlo\nnone"
+    assert not own.daemons()
+    # What only an engine can do is not left out silently.
+    assert own.run("run", "--rm", "-p", "80", "host", "true").returncode == 125
+
+
+def test_the_machines_own_image_runs_where_the_daemon_does_not_start(own: Own) -> None:
+    own.state.mkdir()
+    (own.state / "docker.sock").mkdir()
+    own.env["BOXSHIP_DEBUG"] = "1"
+    done = own.run("run", "--rm", "host", "echo", "there")
+    assert (done.returncode, done.stdout) == (0, "there\n"), done.stderr
+    assert "the container is run without a daemon" in done.stderr

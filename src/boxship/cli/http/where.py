@@ -38,6 +38,27 @@ def address(environ: Mapping[str, str]) -> tuple[str, bool]:
     return f"unix://{state_folder(environ, os.geteuid())}/docker.sock", True
 
 
+def daemon_is_possible(environ: Mapping[str, str]) -> bool:
+    """Whether there is an engine at the address that the user gave, or this user can have a daemon of their own here."""
+    where, own = address(environ)
+    if not own or os.geteuid() != 0:
+        return not own
+    connection = Connection(where)
+    try:
+        connection.open()
+        return True
+    except ConnectFailed:
+        pass
+    finally:
+        connection.close()
+    from boxship.cli.scratch import carries
+
+    folder = environ.get("BOXSHIP_ROOT") or "/var/lib/boxship"
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder) or "/"
+    return carries(folder)
+
+
 def connect(environ: Mapping[str, str], *, start: bool = True) -> Connection:
     """A connection, opened. Starts the daemon if `start` and it is ours to start. Raises ConnectFailed."""
     where, own = address(environ)

@@ -99,7 +99,7 @@ tmpfs list | Mount a tmpfs directory
 t,tty | Allocate a pseudo-TTY
 ulimit ulimit | Ulimit options
 u,user string | Username or UID (format: <name|uid>[:<group|gid>])
-userns string | User namespace to use
+userns string | User namespace to use (host|private)
 uts string | UTS namespace to use
 v,volume list | Bind mount a volume
 volume-driver string | Optional volume driver for the container
@@ -154,6 +154,39 @@ def request(call: Call) -> dict[str, Any]:
     if networks:
         body["NetworkingConfig"] = {"EndpointsConfig": networks}
     return body
+
+
+_NETWORKING = frozenset((
+    "expose", "ip", "ip6", "link", "link-local-ip", "mac-address", "net", "net-alias", "network", "network-alias", "publish",
+    "publish-all",
+))
+_SHARING = frozenset(("cgroupns", "ipc", "pid", "privileged", "userns", "uts"))
+
+
+def keep_apart(call: Call, body: dict[str, Any]) -> None:
+    """Change a request for the image `host`: what is the machine's own gets less than docker gives unless flags say otherwise.
+
+    No network but loopback, no power by set-user-id programs, and, of our own engine, capabilities that end at the container.
+    """
+    from boxship.cli.http.where import address
+
+    if call.words[1:2] == ["--"]:
+        body["Cmd"] = call.words[2:] or None
+    host = body["HostConfig"]
+    if not call.parsed.given & _NETWORKING:
+        host["NetworkMode"] = "none"
+        if address(call.environ)[1] and not call.parsed.given & _SHARING and _user_namespaces():
+            host["UsernsMode"] = host["CgroupnsMode"] = "private"
+    if not call.on("privileged") and not any(word.startswith("no-new-privileges") for word in call.all("security-opt")):
+        host["SecurityOpt"] = [*(host["SecurityOpt"] or []), "no-new-privileges"]
+
+
+def _user_namespaces() -> bool:
+    try:
+        with open("/proc/sys/user/max_user_namespaces", encoding="ascii") as file:
+            return int(file.read()) > 0
+    except OSError:
+        return False
 
 
 def environment(call: Call) -> list[str]:

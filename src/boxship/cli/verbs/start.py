@@ -3,8 +3,8 @@
 Runs in: the boxship command.
 Spec: docker's commands of these names; Docker Engine API: create, attach, start, wait, resize, exec.
 
-`run` of the image `host` in the foreground, of a directory or a bundle needs no daemon and goes to `boxship.cli.run`;
-`is_local` decides.
+`run` of a directory or a bundle needs no daemon and goes to `boxship.cli.run`; so does the image `host` where the caller cannot
+have a daemon. `is_local` decides.
 """
 
 from __future__ import annotations
@@ -27,12 +27,26 @@ NOT_THERE, NOT_EXECUTABLE, OWN_FAILURE = 127, 126, 125
 _JOINED = "read escape sequence"
 
 
-def is_local(image: str, *, no_daemon: bool, detached: bool) -> bool:
-    """Whether IMAGE is run by this process, without the engine: the machine's own files, a directory or a bundle (a path).
+def is_local(call: Call) -> bool:
+    """Whether IMAGE is run by this process, without the engine: a directory or a bundle (a path), or when asked to.
 
-    The engine has `host` as an image too, and containers of it that go on without their caller are the engine's.
+    `host` is an image of the engine. It can be had without one too, and is where there can be none: a daemon needs root, and
+    folders that can carry the upper layers of overlays.
     """
-    return no_daemon or (image == "host" and not detached) or image.startswith(("/", "."))
+    image = call.words[0]
+    if call.on("no-daemon") or image.startswith(("/", ".")):
+        return True
+    if image != "host" or call.parsed.given - _local_flags():
+        return False
+    from boxship.cli.http.where import daemon_is_possible
+
+    return not daemon_is_possible(call.environ)
+
+
+def _local_flags() -> frozenset[str]:
+    from boxship.cli.run import FLAGS
+
+    return FLAGS | {"no-daemon"}
 
 
 def exit_code(message: str) -> int:
@@ -66,6 +80,8 @@ def _create(call: Call) -> str:
     check_reference(call.words[0])
     flags.check_id_file(call.text("cidfile"))
     body = flags.request(call)
+    if call.words[0] == "host":
+        flags.keep_apart(call, body)
     query = {"name": call.text("name") or None, "platform": call.text("platform") or None}
     if pull == "always":
         _pull(call)
@@ -110,7 +126,9 @@ def create(call: Call) -> int:
 
 def run(call: Call) -> int:
     """`boxship run`: the exit code is the container's, or 125, 126, 127."""
-    if is_local(call.words[0], no_daemon=call.on("no-daemon"), detached=call.on("detach")):
+    if is_local(call):
+        return _run_here(call)
+    if call.words[0] == "host" and not call.parsed.given - _local_flags() and not _engine_comes(call):
         return _run_here(call)
     code = OWN_FAILURE
     try:
@@ -136,6 +154,21 @@ def run(call: Call) -> int:
     raise Exit(code, f"boxship: {text}\n\nRun 'boxship {call.name} --help' for more information")
 
 
+def _engine_comes(call: Call) -> bool:
+    """Whether there is an engine; when a daemon of our own does not start, why is told to who asks for it."""
+    from boxship.cli.http.client import ConnectFailed
+    from boxship.cli.http.where import address
+
+    try:
+        return call.engine is not None
+    except ConnectFailed as error:
+        if not address(call.environ)[1]:
+            raise
+        if "BOXSHIP_DEBUG" in call.environ:
+            _warn(f"boxship: debug: {error}; the container is run without a daemon")
+        return False
+
+
 def _streams(call: Call) -> list[str]:
     return [word.lower() for word in call.all("attach")]
 
@@ -143,11 +176,9 @@ def _streams(call: Call) -> list[str]:
 def _run_here(call: Call) -> int:
     from boxship.cli.flags import UsageError
     from boxship.cli.main import say
-    from boxship.cli.run import FLAGS
     from boxship.cli.run import run as local
 
-    known = FLAGS | {"no-daemon"}
-    unknown = sorted(call.parsed.given - known)
+    unknown = sorted(call.parsed.given - _local_flags())
     if unknown:
         raise UsageError(f"--{unknown[0]} needs the daemon: there is none for this kind of image")
     try:
@@ -433,8 +464,10 @@ w,workdir string | Working directory inside the container
             " [OPTIONS] IMAGE [COMMAND] [ARG...]",
             """Create and run a new container from an image
 
-IMAGE may also be, and then needs no daemon:
-  host          this machine's own programs under a copy-on-write layer, without its users' and system's private files
+IMAGE may also be:
+  host          this machine's own programs under a copy-on-write layer, without its users' and system's private files; it has
+                no network but loopback unless a flag asks for one
+and, needing no daemon:
   DIRECTORY     a directory with a root file system (its path begins with / or .); it stays as it is
   BUNDLE        such a directory with an OCI config.json, whose settings the options change""",
             run,

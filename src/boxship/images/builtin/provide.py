@@ -122,7 +122,7 @@ class Builtins:
         ids = self._known("host").get("ids")
         return isinstance(ids, list) and image_id in ids
 
-    def mounts(self, image_id: str, folder: str) -> list[dict[str, Any]]:
+    def mounts(self, image_id: str, folder: str, *, read_only: bool) -> list[dict[str, Any]]:
         """The machine's programs over the root of a container of the image, as the runtime specification's mounts.
 
         Each folder is the lower layer of an overlay whose upper one lies below `folder`, where it stays from start to start.
@@ -131,6 +131,7 @@ class Builtins:
         if not self.made_here(image_id):
             return []
         mounts: list[dict[str, Any]] = []
+        read = ["ro"] if read_only else []
         for name in machine.PROGRAMS:
             if os.path.islink(f"/{name}") or not os.path.isdir(f"/{name}"):
                 continue
@@ -138,11 +139,11 @@ class Builtins:
             os.makedirs(upper, 0o755, exist_ok=True)
             os.makedirs(work, 0o700, exist_ok=True)
             mounts.append({"destination": f"/{name}", "type": "overlay", "source": "overlay", "options": [
-                "nosuid", "nodev", f"lowerdir=/{name}", f"upperdir={upper}", f"workdir={work}"]})
+                "nosuid", "nodev", *read, f"lowerdir=/{name}", f"upperdir={upper}", f"workdir={work}"]})
         if os.path.isdir("/usr/local/etc") and not os.path.islink("/usr/local"):
             # Configuration of what was built on the machine, so of the same kind as /etc; and nothing in it is let in.
             mounts.append({"destination": "/usr/local/etc", "type": "tmpfs", "source": "tmpfs",
-                           "options": ["nosuid", "nodev", "mode=755"]})
+                           "options": ["nosuid", "nodev", *read, "mode=755"]})
         return mounts
 
     def _known(self, name: str) -> dict[str, Any]:
