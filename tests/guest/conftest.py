@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from support.boxrun import Boxrun
-from support.guest import LANES, Guest, Unavailable
+from support.guest import LANES, SELINUX, Guest, Unavailable
 from support.machine import Bundle
 
 HERE = Path(__file__).parent
@@ -24,7 +24,7 @@ ANSWERS = "/dev/ttyS1"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "lane(name): runs in this guest only: plain or systemd")
+    config.addinivalue_line("markers", "lane(name): runs in this guest only: plain, systemd or selinux")
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item.nodeid in set(order["tests"])]
         return
     # One lane after the other, so that each guest boots once.
-    ours.sort(key=lambda item: LANES.index(lane_of(item)))
+    ours.sort(key=lambda item: [*LANES, SELINUX].index(lane_of(item)))
     places = [i for i, item in enumerate(items) if item.path.is_relative_to(HERE)]
     for place, item in zip(places, ours, strict=True):
         item.add_marker(pytest.mark.timeout(900))  # making the image, and a boot, count for the first

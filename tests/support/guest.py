@@ -28,11 +28,13 @@ SUITE, MIRROR = "bookworm", "http://deb.debian.org/debian"
 PYTHON = "python3.11"
 PACKAGES = (
     "systemd", "dbus", "dbus-user-session", "libpam-systemd", "python3", "libseccomp2", "uidmap", "busybox-static", "criu",
-    "iptables", "procps", "kmod", "e2fsprogs", "iproute2", "runc", "apparmor",
+    "iptables", "procps", "kmod", "e2fsprogs", "iproute2", "runc", "apparmor", "secilc",
 )
 KERNEL = "linux-image-cloud-amd64"
 TOOLS = {"qemu-system-x86_64": "qemu-system-x86", "mmdebstrap": "mmdebstrap", "mke2fs": "e2fsprogs", "dpkg-deb": "dpkg"}
 LANES = ("plain", "systemd")
+SELINUX = "selinux"
+"""A third one for the tests that ask for it: a kernel can have AppArmor, as the others have, or SELinux."""
 USER = 1000
 """An ordinary user of the guest, with ids to map."""
 
@@ -244,7 +246,7 @@ def _pack(folder: Path, lane: str, wanted: list[str]) -> None:
     shutil.copytree(PROJECT / "tests", folder / "project/tests", ignore=ignore)
     shutil.copy(PROJECT / "pyproject.toml", folder / "project")
     (folder / "wanted.json").write_text(json.dumps({"lane": lane, "tests": wanted, "runtime": os.environ.get("BOXSHIP_GUEST_RUNTIME", "")}))
-    for name, text in (("run", _RUN), ("init", _INIT[lane])):
+    for name, text in (("run", _RUN), ("init", _INIT["systemd" if lane == "systemd" else "plain"])):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     # Compiled here: it takes twenty times as long there. Another version's files are ignored there.
@@ -283,7 +285,7 @@ class Guest:
                 # Not longer than pytest, which may be killed.
                 "setpriv", "--pdeathsig", "KILL", "nice", "-n", "10", "qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-smp", str(CPUS), "-m", str(MEMORY_MIB),
                 "-M", "q35", "-nodefaults", "-display", "none", "-no-reboot", "-kernel", str(base.kernel),
-                "-append", "root=/dev/nvme0n1 rw console=ttyS0 quiet panic=-1 init=/opt/start",
+                "-append", f"root=/dev/nvme0n1 rw console=ttyS0 quiet panic=-1 init=/opt/start{' security=selinux' if lane == SELINUX else ''}",
                 "-serial", f"file:{self.console}", "-serial", f"file:{folder / 'results'}", "-device", "nvme,serial=disks,id=disks",
                 "-drive", f"file={base.disk},format=raw,if=none,id=root,snapshot=on",
                 "-device", "nvme-ns,drive=root,bus=disks,nsid=1",
