@@ -101,6 +101,8 @@ async def create(core: Core, body: Any, name: str) -> tuple[Container, list[str]
     name = validate.name(name) if name else _random_name(core)
     warnings = validate.check(config, host)
     networks = networking.asked(core, shapes.member(body, "NetworkingConfig"), config, host)
+    if host["NetworkMode"] == "host" and host["PortBindings"]:
+        warnings.append("Published ports are discarded when using host network mode")
     core.runtime(host["Runtime"])
     host["Runtime"] = host["Runtime"] or core.settings.default_runtime
     host["CgroupnsMode"] = host["CgroupnsMode"] or ("private" if os.path.exists("/sys/fs/cgroup/cgroup.controllers") else "host")

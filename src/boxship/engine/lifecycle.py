@@ -191,8 +191,8 @@ class Lifecycle:
                 container.restart_count += 1
                 state.running, state.restarting = True, True
             core.save(container)
-            core.announce(container, "die", exitCode=str(code), execDuration=str(max(0, ran) // 1_000_000_000))
             networking.release(core, container)
+            core.announce(container, "die", exitCode=str(code), execDuration=str(max(0, ran) // 1_000_000_000))
             container.wake(container.next_exit)
             for each in container.execs.values():
                 each.gone()

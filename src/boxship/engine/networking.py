@@ -10,6 +10,7 @@ Not here: networks themselves (boxship.network); the routes of /networks (boxshi
 from __future__ import annotations
 
 import re
+from ipaddress import ip_address
 from typing import Any
 
 from boxship.engine import shapes
@@ -19,6 +20,7 @@ from boxship.engine.events import Filters
 from boxship.kit.errors import BoxshipError, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 from boxship.network import Attachment, Endpoint, Network, Sandbox, ports
 from boxship.network.manager import Subject
+from boxship.network.model import PREDEFINED
 
 ENDPOINT = {
     "IPAMConfig": "map?",
@@ -30,6 +32,7 @@ ENDPOINT = {
     "NetworkID": "string",
 }
 _MAC = re.compile(r"[0-9a-fA-F]{2}([:-][0-9a-fA-F]{2}){5}\Z")
+_PRIVATE = "container cannot be connected to multiple networks with one of the networks in private (none) mode"
 _SHARED = "container sharing network namespace with another container or host cannot be connected to any other network"
 
 
@@ -57,9 +60,7 @@ def asked(core: Core, networking: Any, config: dict[str, Any], host: dict[str, A
     own = _name(core, mode)
     if mode in ("host", "none") and set(found) - {own}:
         raise InvalidArgument(
-            _SHARED
-            if mode == "host"
-            else "container cannot be connected to multiple networks with one of the networks in private (none) mode"
+            _SHARED if mode == "host" else _PRIVATE
         )
     made = {own: found.pop(own, None) or _endpoint({}), **found}
     if config["MacAddress"]:
@@ -71,7 +72,15 @@ def asked(core: Core, networking: Any, config: dict[str, Any], host: dict[str, A
             )
         made[own]["MacAddress"] = config["MacAddress"]
     for name, endpoint in made.items():
-        _check_endpoint(name, endpoint)
+        try:
+            _check_endpoint(core, name, endpoint)
+        except InvalidArgument as error:
+            raise InvalidArgument(f"invalid config for network {name}: {error}") from None
+    for text in host["Links"] or []:
+        try:
+            core.get(_link(text)[0])
+        except NotFound as error:
+            raise InvalidArgument(f"could not get container for {_link(text)[0]}: {error}") from None
     # Read for its errors: what no port can be is refused now.
     _ports(config, host)
     return made
@@ -105,28 +114,42 @@ def _endpoint(value: Any) -> dict[str, Any]:
     return made
 
 
-def _check_endpoint(name: str, endpoint: dict[str, Any]) -> None:
+def _check_endpoint(core: Core, name: str, endpoint: dict[str, Any]) -> None:
+    """Raise InvalidArgument for what the network cannot give; one that is not there yet is asked at the start."""
+    try:
+        network: Network | None = core.networks.get(name)
+    except (NotFound, InvalidArgument):
+        network = None
     config = endpoint["IPAMConfig"] or {}
-    problems = []
-    for key, version in (("IPv4Address", 4), ("IPv6Address", 6)):
-        if text := config.get(key, ""):
-            try:
-                from ipaddress import ip_address
-
-                good = ip_address(text).version == version
-            except ValueError:
-                good = False
-            if not good:
-                problems.append(f"invalid IPv{version} address: {text}")
-    if name in ("bridge", "host", "none"):
-        if config.get("IPv4Address") or config.get("IPv6Address"):
+    addresses = [(version, config.get(f"IPv{version}Address", "")) for version in (4, 6)]
+    problems = [f"invalid IPv{version} address: {text}" for version, text in addresses if text and _version(text) != version]
+    if any(text for _, text in addresses):
+        if name in PREDEFINED:
             problems.append("user specified IP address is supported on user defined networks only")
-        if endpoint["Aliases"]:
-            problems.append("network-scoped alias is supported only for containers in user defined networks")
-    if problems:
-        raise InvalidArgument(f"invalid config for network {name}: invalid endpoint settings:\n" + "\n".join(problems))
+        if network is not None and not network.chosen:
+            problems.append(
+                "user specified IP address is supported only when connecting to networks with user configured subnets"
+            )
+        elif network is not None:
+            problems += [
+                f"no configured subnet or ip-range contain the IP address {text}"
+                for _, text in addresses
+                if text and not (_version(text) and network.holds(text))
+            ]
+    if name in PREDEFINED and endpoint["Aliases"]:
+        problems.append("network-scoped alias is supported only for containers in user defined networks")
     if endpoint["MacAddress"] and not _MAC.match(endpoint["MacAddress"]):
-        raise InvalidArgument(f"invalid MAC address: {endpoint['MacAddress']}")
+        problems.append(f"invalid MAC address: {endpoint['MacAddress']}")
+    if problems:
+        shown = problems[0] if len(problems) == 1 else "\n".join(f"* {each}" for each in problems)
+        raise InvalidArgument(f"invalid endpoint settings:\n{shown}")
+
+
+def _version(address: str) -> int:
+    try:
+        return ip_address(address).version
+    except ValueError:
+        return 0
 
 
 def _ports(config: dict[str, Any], host: dict[str, Any]) -> list[ports.Wanted]:
@@ -176,25 +199,27 @@ def own_namespace(core: Core, container: Container) -> bool:
 async def prepare(core: Core, container: Container) -> Sandbox | None:
     """Choose addresses and ports for a start. Raises what dockerd refuses a start for."""
     if not own_namespace(core, container):
+        for name in container.networks:
+            container.networks[name]["NetworkID"] = core.networks.get(name).id
         return None
     wanted = [_attachment(container, name, endpoint) for name, endpoint in container.networks.items()]
     try:
-        for each in wanted:
-            _check_chosen(core.networks.get(each.network), each)
+        for name, endpoint in container.networks.items():
+            core.networks.get(name)
+            _check_endpoint(core, name, endpoint)
         sandbox = await core.networks.prepare(subject(container), wanted)
     except (NotFound, InvalidArgument, PermissionDenied, FailedPrecondition) as error:
         raise type(error)(f"failed to set up container networking: {error}") from None
-    for endpoint in sandbox.endpoints:
-        _announce(core, "connect", core.networks.get(endpoint.network), container)
+    for place in sandbox.endpoints:
+        network = core.networks.get(place.network)
+        _note(container, network, place)
+        _announce(core, "connect", network, container)
     return sandbox
 
 
-def _check_chosen(network: Network, wanted: Attachment) -> None:
-    if (wanted.ipv4 or wanted.ipv6) and not network.chosen:
-        raise InvalidArgument(
-            f"invalid config for network {network.name}: invalid endpoint settings:\nuser specified IP address is"
-            " supported only when connecting to networks with user configured subnets"
-        )
+def _note(container: Container, network: Network, place: Endpoint) -> None:
+    """What answers show of a network even after the container has ended."""
+    container.networks[network.name] |= {"NetworkID": network.id, "DNSNames": place.dns_names or None}
 
 
 def release(core: Core, container: Container) -> None:
@@ -224,14 +249,12 @@ async def connect(core: Core, network: Network, container: Container, settings: 
             f"container {container.id} is marked for removal and cannot be connected or disconnected to the network"
         )
     if mode == "host" or mode.startswith("container:"):
-        raise PermissionDenied(_SHARED)
+        raise InvalidArgument(_SHARED)
     if network.name == "host":
-        raise PermissionDenied("container cannot be connected to host network")
+        raise InvalidArgument("cannot connect container to host network - container must be created in host network mode")
     if "none" in container.networks or (network.name == "none" and container.networks):
-        raise PermissionDenied(
-            "container cannot be connected to multiple networks with one of the networks in private (none) mode"
-        )
-    _check_endpoint(network.name, endpoint)
+        raise InvalidArgument(_PRIVATE)
+    _check_endpoint(core, network.name, endpoint)
     if network.name in container.networks:
         if core.networks.sandbox(container.id) is not None:
             raise PermissionDenied(f"endpoint with name {container.name} already exists in network {network.name}")
@@ -239,10 +262,11 @@ async def connect(core: Core, network: Network, container: Container, settings: 
         core.save(container)
         return
     wanted = _attachment(container, network.name, endpoint)
-    _check_chosen(network, wanted)
     async with container.lock:
         if core.networks.sandbox(container.id) is not None:
-            await core.networks.connect(subject(container), wanted)
+            place = await core.networks.connect(subject(container), wanted)
+            container.networks[network.name] = endpoint
+            _note(container, network, place)
             _announce(core, "connect", network, container)
         container.networks[network.name] = endpoint
         core.save(container)
@@ -251,15 +275,15 @@ async def connect(core: Core, network: Network, container: Container, settings: 
 async def disconnect(core: Core, network: Network, container: Container, *, force: bool) -> None:
     """NetworkDisconnect. Raises as dockerd does."""
     if container.host["NetworkMode"] == "host" and network.name == "host":
-        raise PermissionDenied("container cannot be disconnected from host network or connected to host network")
+        raise InvalidArgument("cannot disconnect container from host network - container was created in host network mode")
     async with container.lock:
         if network.name not in container.networks:
-            raise PermissionDenied(f"container {container.id} is not connected to network {network.name}")
+            raise BoxshipError(f"container {container.id} is not connected to network {network.name}")
         if core.networks.sandbox(container.id) is not None:
             await core.networks.disconnect(subject(container), network)
             _announce(core, "disconnect", network, container)
         elif container.state.running and not force and own_namespace(core, container):
-            raise PermissionDenied(f"container {container.id} is not connected to network {network.name}")
+            raise BoxshipError(f"container {container.id} is not connected to network {network.name}")
         del container.networks[network.name]
         core.save(container)
 
@@ -300,20 +324,35 @@ def link_environment(core: Core, container: Container) -> list[str]:
         if place is None or not place.endpoints:
             continue
         address, prefix = place.endpoints[0].ipv4, alias.upper().replace("-", "_")
-        exposed = sorted(
-            ports.container_port(key) for key in {**(other.config["ExposedPorts"] or {}), **(other.host["PortBindings"] or {})}
-        )
-        for index, (port, protocol) in enumerate(exposed):
-            if not index:
-                made.append(f"{prefix}_PORT={protocol}://{address}:{port}")
-            start = f"{prefix}_PORT_{port}_{protocol.upper()}"
-            made += [
-                f"{start}={protocol}://{address}:{port}",
-                f"{start}_ADDR={address}",
-                f"{start}_PORT={port}",
-                f"{start}_PROTO={protocol}",
-            ]
+        known = {**(other.config["ExposedPorts"] or {}), **(other.host["PortBindings"] or {})}
+        made += _link_ports(address, prefix, sorted({ports.container_port(key) for key in known}))
         made.append(f"{prefix}_NAME=/{container.name}/{alias}")
+    return made
+
+
+def _link_ports(address: str, prefix: str, exposed: list[tuple[int, str]]) -> list[str]:
+    made = []
+    for index, (port, protocol) in enumerate(exposed):
+        if not index:
+            made.append(f"{prefix}_PORT={protocol}://{address}:{port}")
+        name = f"{prefix}_PORT_{port}_{protocol.upper()}"
+        made += [f"{name}={protocol}://{address}:{port}", f"{name}_ADDR={address}"]
+        made += [f"{name}_PORT={port}", f"{name}_PROTO={protocol}"]
+    # Ports in a row are described once more as a range.
+    for protocol in dict.fromkeys(kind for _, kind in exposed):
+        numbers = [port for port, kind in exposed if kind == protocol]
+        for first in (port for port in numbers if port - 1 not in numbers):
+            last = first
+            while last + 1 in numbers:
+                last += 1
+            if last > first:
+                name = f"{prefix}_PORT_{first}_{protocol.upper()}"
+                made += [
+                    f"{name}_START={protocol}://{address}:{first}",
+                    f"{name}_PORT_START={first}",
+                    f"{name}_END={protocol}://{address}:{last}",
+                    f"{name}_PORT_END={last}",
+                ]
     return made
 
 
@@ -323,15 +362,11 @@ def shown_networks(core: Core, container: Container) -> dict[str, Any]:
     places = {core.networks.get(each.network).name: each for each in sandbox.endpoints} if sandbox is not None else {}
     made = {}
     for name, endpoint in container.networks.items():
-        made[name] = _shown(core, container, name, endpoint, places.get(name))
+        made[name] = _shown(endpoint, places.get(name))
     return made
 
 
-def _shown(core: Core, container: Container, name: str, asked_for: dict[str, Any], place: Endpoint | None) -> dict[str, Any]:
-    try:
-        network_id = core.networks.get(name).id
-    except (NotFound, InvalidArgument):
-        network_id = ""
+def _shown(asked_for: dict[str, Any], place: Endpoint | None) -> dict[str, Any]:
     shown: dict[str, Any] = {
         "IPAMConfig": asked_for["IPAMConfig"],
         "Links": asked_for["Links"],
@@ -339,7 +374,7 @@ def _shown(core: Core, container: Container, name: str, asked_for: dict[str, Any
         "MacAddress": "",
         "DriverOpts": asked_for["DriverOpts"],
         "GwPriority": asked_for["GwPriority"],
-        "NetworkID": network_id if place is not None or container.state.running or container.state.started_at[0] != "0" else "",
+        "NetworkID": asked_for["NetworkID"],
         "EndpointID": "",
         "Gateway": "",
         "IPAddress": "",
@@ -347,7 +382,7 @@ def _shown(core: Core, container: Container, name: str, asked_for: dict[str, Any
         "IPv6Gateway": "",
         "GlobalIPv6Address": "",
         "GlobalIPv6PrefixLen": 0,
-        "DNSNames": None,
+        "DNSNames": asked_for.get("DNSNames"),
     }
     if place is not None:
         shown |= {
@@ -461,7 +496,7 @@ def shown_network(core: Core, network: Network, *, with_containers: bool = True)
         {
             "Subnet": pool.subnet,
             **({"IPRange": pool.ip_range} if pool.ip_range else {}),
-            **({"Gateway": pool.gateway} if pool.gateway else {}),
+            **({"Gateway": pool.gateway} if pool.gateway and not pool.implied else {}),
             **({"AuxiliaryAddresses": pool.auxiliary} if pool.auxiliary else {}),
         }
         for pool in network.pools
@@ -507,8 +542,8 @@ def shown_network(core: Core, network: Network, *, with_containers: bool = True)
 
 
 def unused(core: Core, network: Network) -> bool:
-    """Whether no container asked for it, running or not."""
-    return not core.networks.endpoints_on(network) and not any(network.name in each.networks for each in core.containers())
+    """Whether no running container is on it."""
+    return not core.networks.endpoints_on(network)
 
 
 def refused(error: BoxshipError) -> BoxshipError:

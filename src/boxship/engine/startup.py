@@ -121,7 +121,10 @@ def _cgroups_path(core: Core, container: Container) -> str:
 
 def _joined(core: Core, mode: str, kind: str) -> Container:
     """The running container whose namespace is joined."""
-    other = core.get(mode.removeprefix("container:"))
+    try:
+        other = core.get(mode.removeprefix("container:"))
+    except NotFound as error:
+        raise NotFound(f"joining {kind} namespace of container: {error}") from None
     if not other.state.running or not other.state.pid:
         raise FailedPrecondition(
             f"cannot join {kind} namespace of a non running container: container {other.name} is not running")
@@ -180,7 +183,7 @@ def write_files(core: Core, container: Container, hostname: str) -> None:
     if mode == "host":
         hosts = files.hosts([], names, extra, base=_read("/etc/hosts"))
     else:
-        hosts = files.hosts(addresses or ["127.0.1.1"], names, extra)
+        hosts = files.hosts(addresses, names, extra)
     resolv = _read("/etc/resolv.conf")
     dns = (host["Dns"] or [], host["DnsSearch"] or [], host["DnsOptions"] or [])
     if sandbox is not None or any(dns):

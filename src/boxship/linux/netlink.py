@@ -135,6 +135,21 @@ class Socket:
         if failure is not None:
             raise from_os_error(failure, failed.doing) from None
 
+    def transaction(self, messages: list[tuple[int, int, bytes]], acknowledged: int) -> Iterator[tuple[bytes, int]]:
+        """Send all (type, flags, body) in one call and yield (body, flags) of so many NLMSG_ERRORs."""
+        packed = b""
+        for kind, flags, body in messages:
+            self._sequence += 1
+            size = HEADER.size + len(body)
+            packed += HEADER.pack(size, kind, flags | abi.NLM_F_REQUEST, self._sequence, 0)
+            packed += body.ljust(aligned(size) - HEADER.size, b"\0")
+        self._sock.send(packed)
+        while acknowledged:
+            for answer, flags, _, body in self._receive():
+                if answer == abi.NLMSG_ERROR:
+                    acknowledged -= 1
+                    yield body, flags
+
     def request(self, kind: int, flags: int, body: bytes) -> Iterator[bytes]:
         """Send one request and yield the bodies of its answers. Raises OSError; EINTR when a dump is not consistent."""
         self._sequence += 1

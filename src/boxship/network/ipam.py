@@ -33,7 +33,7 @@ def subnet_of(text: str) -> Subnet:
     try:
         return ip_network(text, strict=False)
     except ValueError:
-        raise InvalidArgument(f"invalid subnet {text}: invalid CIDR address: {text}") from None
+        raise InvalidArgument(f"invalid subnet {text}: invalid CIDR block notation") from None
 
 
 def address_of(text: str) -> Address:
@@ -93,15 +93,19 @@ def choose_subnet6(used: Iterable[Subnet], machine: str) -> Subnet:
 
 def check_pool(pool: Pool) -> Pool:
     """The pool with its texts in their normal form. Raises InvalidArgument for what contradicts itself."""
+    if "/" not in pool.subnet:
+        raise InvalidArgument(f"invalid subnet {pool.subnet}: invalid CIDR block notation")
     network = subnet_of(pool.subnet)
+    if address_of(pool.subnet.partition("/")[0]) != network.network_address:
+        raise InvalidArgument(f"invalid subnet {pool.subnet}: it should be {network}")
     made = Pool(str(network), pool.gateway, pool.ip_range, dict(pool.auxiliary))
     if pool.ip_range:
         try:
             part = ip_network(pool.ip_range, strict=False)
         except ValueError:
-            raise InvalidArgument(f"invalid ip-range {pool.ip_range}: invalid CIDR address: {pool.ip_range}") from None
+            raise InvalidArgument(f"invalid ip-range {pool.ip_range}: invalid CIDR block notation") from None
         if part.version != network.version or not part.subnet_of(network):  # type: ignore[arg-type]
-            raise InvalidArgument(f"invalid ip-range {part}: parent subnet is {network}")
+            raise InvalidArgument(f"invalid ip-range {part}: parent subnet {network} doesn't contain ip-range")
         made.ip_range = str(part)
     named = [(f"auxiliary address {name}", each) for name, each in pool.auxiliary.items()]
     for what, text in [("gateway", pool.gateway), *named]:
@@ -111,7 +115,7 @@ def check_pool(pool: Pool) -> Pool:
             except ValueError:
                 raise InvalidArgument(f"invalid {what} address: {text}") from None
             if address.version != network.version or address not in network:
-                raise InvalidArgument(f"invalid {what} {text}: parent subnet is {network}")
+                raise InvalidArgument(f"invalid {what} {text}: parent subnet {network} doesn't contain this address")
     made.gateway = pool.gateway.partition("/")[0]
     return made
 
@@ -135,12 +139,12 @@ class Space:
         return address in self.subnet
 
     def take(self, wanted: str) -> str:
-        """This very address. Raises InvalidArgument when it is outside, FailedPrecondition when it is in use."""
+        """This very address. Raises InvalidArgument when it is outside, PermissionDenied when it is in use."""
         address = address_of(wanted)
         if address not in self.subnet:
             raise InvalidArgument(f"address {wanted} is not in subnet {self.subnet}")
         if int(address) in self._taken:
-            raise FailedPrecondition("Address already in use")
+            raise PermissionDenied("Address already in use")
         self._taken.add(int(address))
         return str(address)
 

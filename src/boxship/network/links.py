@@ -98,7 +98,7 @@ class Links:
                 self._route.run([rt.new_link(name, "vlan", lower=lower.index, data=data, up=True)])
                 found = rt.find_link(self._route, name)
         if found is None:
-            raise InvalidArgument(f"-o parent interface was not found on the host: {name}")
+            raise InvalidArgument(f"invalid subinterface vlan name {name}, example formatting is eth0.10")
         return found.index
 
     def remove(self, network: Network) -> None:

@@ -31,7 +31,7 @@ from boxship.kit.errors import (
     Unsupported,
     from_os_error,
 )
-from boxship.linux import netns
+from boxship.linux import netns, nftables
 from boxship.network import ipam, links, model, rules
 from boxship.network.links import Links
 from boxship.network.model import Attachment, Endpoint, Network, Pool, Published, Sandbox, Settings
@@ -284,7 +284,7 @@ class Networks:
     async def create(self, network: Network) -> Network:
         """Make a network of what was asked for; pools that are not chosen are chosen here. Raises as dockerd does."""
         if network.driver not in model.DRIVERS:
-            raise NotFound(f'could not find plugin {network.driver} in v1 plugin registry: plugin "{network.driver}" not found')
+            raise NotFound(f'plugin "{network.driver}" not found')
         if network.driver in ("host", "null"):
             raise PermissionDenied(f'only one instance of "{network.driver}" network is allowed')
         if not self.usable and not network.config_only:
@@ -314,7 +314,7 @@ class Networks:
     def _configure_from(self, network: Network) -> None:
         source = self._named(network.config_from)
         if source is None or not source.config_only:
-            raise NotFound(f"configuration network {network.config_from!r} not found".replace("'", '"'))
+            raise NotFound(f'configuration network "{network.config_from}" does not exist')
         if network.pools or network.options:
             raise InvalidArgument(
                 "user specified configurations are not supported if the network depends on a configuration network"
@@ -326,10 +326,15 @@ class Networks:
     def _check_options(self, network: Network) -> None:
         options = network.options
         for name in (model.OPTION_MASQUERADE, model.OPTION_ICC, model.OPTION_INHIBIT_IPV4):
-            if options.get(name, "").lower() not in ("", "0", "1", "t", "f", "true", "false"):
-                raise InvalidArgument(f'strconv.ParseBool: parsing "{options[name]}": invalid syntax')
-        if (mtu := options.get(model.OPTION_MTU, "")) and not (mtu.isdigit() and int(mtu) < 1 << 16):
-            raise InvalidArgument(f"invalid MTU {mtu}")
+            value = options.get(name, "")
+            if value.lower() not in ("", "0", "1", "t", "f", "true", "false"):
+                problem = f'strconv.ParseBool: parsing "{value}": invalid syntax'
+                raise InvalidArgument(f"failed to parse {name} value: {value} ({problem})")
+        mtu = options.get(model.OPTION_MTU, "")
+        if mtu and not (mtu.isdigit() and int(mtu) < 1 << 16):
+            raise InvalidArgument(
+                f'failed to parse {model.OPTION_MTU} value: {mtu} (strconv.Atoi: parsing "{mtu}": invalid syntax)'
+            )
         if network.driver == "bridge":
             device = options.get(model.OPTION_NAME, "")
             if len(device) > 15 or "/" in device or any(letter.isspace() for letter in device):
@@ -350,18 +355,18 @@ class Networks:
         used = [ipam.subnet_of(pool.subnet) for each in self._by_id.values() if not each.config_only for pool in each.pools]
         made = []
         for pool in network.pools:
-            if not pool.subnet:
-                if pool.ip_range or pool.gateway:
-                    raise InvalidArgument("invalid network config:\nno configured subnet contains the gateway or the range")
-                continue
             if not (network.enable_ipv6 if pool.v6 else network.enable_ipv4):
                 network.enable_ipv6 = network.enable_ipv6 or pool.v6
-            checked = ipam.check_pool(pool)
+            try:
+                checked = ipam.check_pool(pool)
+            except InvalidArgument as error:
+                raise InvalidArgument(f"invalid network config:\n{error}") from None
             if not network.config_only:
                 ipam.check_free(ipam.subnet_of(checked.subnet), used)
                 used.append(ipam.subnet_of(checked.subnet))
             made.append(checked)
         if not network.config_only:
+            asked = list(made)
             machine = [ipam.subnet_of(text) for text in links.used_subnets()]
             if network.enable_ipv4 and not any(not each.v6 for each in made):
                 made.insert(0, Pool(str(ipam.choose_subnet([*used, *machine], self._pools))))
@@ -373,6 +378,7 @@ class Networks:
                     for address in pool.auxiliary.values():
                         space.take(address)
                     pool.gateway = space.give()
+                    pool.implied = any(each is pool for each in asked)
         network.pools = made
 
     async def _activate(self, network: Network) -> None:
@@ -450,6 +456,18 @@ class Networks:
         # Rendered here, so that of many waiting changes the last one has them all. Only whole records are looked at.
         rules.apply(self._render())
 
+    def _map(self, endpoints: list[Endpoint], gone: list[Published]) -> None:
+        """Lead the ports of these endpoints to them, and those that are gone nowhere: a small change, without a process."""
+        ports = [port for each in endpoints for port in each.published]
+        try:
+            nftables.change(
+                self._table,
+                add=[rules.map_element(port) for port in ports if rules.in_kernel(port)],
+                remove=[rules.map_element(port) for port in gone if rules.in_kernel(port)],
+            )
+        except BoxshipError:
+            self._apply_rules()  # the table is not as we left it
+
     # containers
 
     async def prepare(self, subject: Subject, wanted: list[Attachment]) -> Sandbox:
@@ -460,7 +478,7 @@ class Networks:
         self.release(subject.id)  # what a former run left, when the daemon was killed in it
         try:
             return self._prepare(subject, wanted, networks)
-        except FailedPrecondition:
+        except (FailedPrecondition, PermissionDenied):
             # Perhaps what is missing is just being given back.
             if not self._ending:
                 raise
@@ -580,7 +598,7 @@ class Networks:
         # IPv6 of the host leads to a container without it only by the proxy.
         addresses = ANY if endpoint.ipv6 and os.path.exists("/proc/net/if_inet6") else ANY[:1]
         try:
-            found = self._ports.allocate(choices, addresses)
+            found = self._ports.allocate(choices, addresses, endpoint.ipv4 or f"[{endpoint.ipv6}]")
         except BoxshipError as error:
             raise BoxshipError(
                 "failed to set up container networking: driver failed programming external connectivity on endpoint"
@@ -624,27 +642,27 @@ class Networks:
         finally:
             os.close(fd)
         if publishes:
-            self._apply_rules()
+            self._map(sandbox.endpoints, [])
 
     def release(self, container_id: str) -> asyncio.Future[None] | None:
         """A container that has ended: its ports are free now, its addresses when the future is done (None: there was nothing)."""
         sandbox = self._sandboxes.pop(container_id, None)
         if sandbox is None:
             return None
-        published = False
+        published: list[Published] = []
         for endpoint in sandbox.endpoints:
             for port in endpoint.published:
-                published = True
+                published.append(port)
                 self._ports.release(port)
             endpoint.published = []
         done: asyncio.Future[None] = asyncio.ensure_future(self._end(sandbox, published))
         self._ending[sandbox.id] = (sandbox, done)
         return done
 
-    async def _end(self, sandbox: Sandbox, published: bool) -> None:
+    async def _end(self, sandbox: Sandbox, published: list[Published]) -> None:
         try:
             if published:
-                await self._sync_rules()
+                await self._call(self._up, self._map, [], published)
             await self._call(self._down, self._take_down, sandbox)
         except (BoxshipError, OSError) as error:
             # The record stays, so that the next start of the daemon tries again.
@@ -724,11 +742,11 @@ class Networks:
             await self._sync_rules()
 
     async def disconnect(self, subject: Subject, network: Network) -> None:
-        """Take a running container from a network. Raises PermissionDenied when it is not on it."""
+        """Take a running container from a network. Raises BoxshipError when it is not on it."""
         sandbox = self._sandboxes.get(subject.id)
         endpoint = next((each for each in sandbox.endpoints if each.network == network.id), None) if sandbox is not None else None
         if sandbox is None or endpoint is None:
-            raise PermissionDenied(f"container {subject.id} is not connected to network {network.name}")
+            raise BoxshipError(f"container {subject.id} is not connected to network {network.name}")
         was_gateway = self.gateway(sandbox) is endpoint
         sandbox.endpoints.remove(endpoint)
         await self._call(self._up, self._detach_one, sandbox, endpoint)

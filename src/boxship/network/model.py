@@ -65,6 +65,8 @@ class Pool:
     gateway: str = ""
     ip_range: str = ""
     auxiliary: dict[str, str] = field(default_factory=dict)
+    implied: bool = False
+    """Whether its gateway is only what nobody chose; answers leave it out then."""
 
     @property
     def v6(self) -> bool:
@@ -123,6 +125,12 @@ class Network:
     def icc(self) -> bool:
         """Whether its containers may talk to each other."""
         return self.option(OPTION_ICC, default=True)
+
+    def holds(self, address: str) -> bool:
+        """Whether one of its subnets has the address, which must be one."""
+        from ipaddress import ip_address, ip_network
+
+        return any(pool.v6 == (":" in address) and ip_address(address) in ip_network(pool.subnet) for pool in self.pools)
 
     @property
     def mtu(self) -> int:

@@ -119,8 +119,8 @@ class Ports:
         self._held: dict[tuple[str, str, int], socket.socket] = {}
         self._next = 0
 
-    def allocate(self, choices: list[Wanted], addresses: tuple[str, ...]) -> list[Published]:
-        """Take a port for each; `addresses` are those that "all" means.
+    def allocate(self, choices: list[Wanted], addresses: tuple[str, ...], target: str = "") -> list[Published]:
+        """Take a port for each; `addresses` are those that "all" means, `target` is the container's, for messages.
 
         Raises BoxshipError in dockerd's words; nothing is taken then.
         """
@@ -132,14 +132,14 @@ class Ports:
                     if each.host_ip not in ("", *ANY)
                     else tuple(address for address in addresses if each.host_ip in ("", address)) or (each.host_ip,)
                 )
-                made += self._take(each, targets)
+                made += self._take(each, targets, target)
         except BaseException:
             for port in made:
                 self.release(port)
             raise
         return made
 
-    def _take(self, each: Wanted, targets: tuple[str, ...]) -> list[Published]:
+    def _take(self, each: Wanted, targets: tuple[str, ...], target: str) -> list[Published]:
         if each.low:
             candidates = list(range(each.low, each.high + 1))
         else:
@@ -149,7 +149,7 @@ class Ports:
         failure = BoxshipError("all ports are allocated")
         for port in candidates:
             try:
-                self._claim(each.protocol, targets, port)
+                self._claim(each.protocol, targets, port, f"{target}:{each.container_port}")
             except BoxshipError as error:
                 failure = error
                 continue
@@ -160,7 +160,7 @@ class Ports:
             raise BoxshipError(f"Bind for {targets[0]}:{each.low}-{each.high} failed: all ports are allocated")
         raise failure
 
-    def _claim(self, protocol: str, targets: tuple[str, ...], port: int) -> None:
+    def _claim(self, protocol: str, targets: tuple[str, ...], port: int, target: str) -> None:
         taken = self._taken.get((protocol, port), set())
         for address in targets:
             every = "::" if ":" in address else "0.0.0.0"
@@ -175,7 +175,7 @@ class Ports:
             for each in held.values():
                 each.close()
             reason = "cannot assign requested address" if error.errno == errno.EADDRNOTAVAIL else (error.strerror or "").lower()
-            raise BoxshipError(f"failed to bind host port for {address}:{port}/{protocol}: {reason}") from None
+            raise BoxshipError(f"failed to bind host port for {address}:{port}:{target}/{protocol}: {reason}") from None
         self._held |= held
         self._taken.setdefault((protocol, port), set()).update(targets)
 

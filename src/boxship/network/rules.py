@@ -13,12 +13,16 @@ rules and nothing to undo after a crash. A published port is an element of a map
 
 from __future__ import annotations
 
+import socket
 import subprocess
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from boxship.kit.errors import BoxshipError, Unsupported
+from boxship.linux.nftables import Element
 from boxship.network.model import Published
+
+_PROTOCOLS = {"tcp": 6, "udp": 17, "sctp": 132}
 
 _HEAD = """\
 table inet {table} {{}}
@@ -93,6 +97,17 @@ def element(port: Published) -> tuple[str, str]:
     if port.host_ip in ("0.0.0.0", "::", ""):
         return f"ports{family}", f"{port.protocol} . {port.host_port} : {target}"
     return f"ports{family}_at", f"{port.host_ip} . {port.protocol} . {port.host_port} : {target}"
+
+
+def map_element(port: Published) -> Element:
+    """The same for the kernel itself."""
+    family = socket.AF_INET6 if ":" in port.container_ip else socket.AF_INET
+    name, _ = element(port)
+    number, target = port.host_port.to_bytes(2, "big"), port.container_port.to_bytes(2, "big")
+    key = [bytes([_PROTOCOLS[port.protocol]]), number]
+    if name.endswith("_at"):
+        key.insert(0, socket.inet_pton(family, port.host_ip))
+    return Element(name, key, [socket.inet_pton(family, port.container_ip), target])
 
 
 def render(table: str, bridges: Iterable[Bridge], ports: Iterable[Published], *, strict: bool) -> str:

@@ -172,7 +172,7 @@ async def wait_container(engine: Any, request: web.Request, name: str) -> web.St
     if future is not None:
         await future
     result: dict[str, Any] = {"StatusCode": container.state.exit_code}
-    if container.state.error:
+    if container.state.error and condition != "removed":  # why a start failed is told to who asked for the start
         result["Error"] = {"Message": container.state.error}
     await stream.send(encoded(result))
     return await stream.end()

@@ -15,7 +15,7 @@ from boxship.engine import networking, shapes, times
 from boxship.engine.events import Filters, labelled, parse_filters
 from boxship.engine.http import VERSION, Routes, answer, body_of, nothing
 from boxship.engine.routes.containers import whole
-from boxship.kit.errors import BoxshipError, InvalidArgument, PermissionDenied, Unsupported
+from boxship.kit.errors import BoxshipError, InvalidArgument, NotFound, PermissionDenied, Unsupported
 from boxship.network import Network, Pool
 
 routes = Routes()
@@ -84,16 +84,14 @@ async def create_network(engine: Any, request: web.Request) -> web.StreamRespons
     body = shapes.shape(await body_of(request), _CREATE, "CreateRequest")
     name = body["Name"]
     if not name.strip():
-        raise InvalidArgument("network name cannot be empty or whitespace only" if name else "network name is required")
+        raise InvalidArgument("invalid name: name is empty")
     if name in ("bridge", "host", "none", "default"):
-        raise PermissionDenied(f"operation is not permitted on predefined {name} network")
+        raise PermissionDenied(f"operation is not permitted on predefined {name} network ")
     if body["Ingress"]:
         raise Unsupported("ingress networks belong to a swarm")
     ipam = shapes.shape(body["IPAM"] or {}, _IPAM, "IPAM")
     if ipam["Driver"] not in ("", "default", "null"):
-        raise InvalidArgument(
-            f'could not find plugin {ipam["Driver"]} in v1 plugin registry: plugin "{ipam["Driver"]}" not found'
-        )
+        raise NotFound(f'plugin "{ipam["Driver"]}" not found')
     pools = []
     for each in ipam["Config"] or []:
         shaped = shapes.shape(each, _POOL, "IPAMConfig")
@@ -157,7 +155,12 @@ async def connect_network(engine: Any, request: web.Request, name: str) -> web.S
 async def disconnect_network(engine: Any, request: web.Request, name: str) -> web.StreamResponse:
     body = shapes.shape(await body_of(request), _CONNECT, "DisconnectOptions")
     network = engine.core.networks.get(name)
-    container = engine.core.get(body["Container"])
+    try:
+        container = engine.core.get(body["Container"])
+    except NotFound:
+        if body["Force"]:
+            raise NotFound(f"endpoint {body['Container']} not found") from None
+        raise
     await whole(engine.disconnect(network, container, force=body["Force"]))
     return nothing(200)
 
