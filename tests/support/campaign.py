@@ -180,15 +180,17 @@ def spawner_of(d: Daemon) -> int:
     return 0
 
 
-def shims(d: Daemon) -> list[int]:
-    """Our shims: forks of the spawner, by their own name or still by its."""
+def shims(d: Daemon, keepers: set[int]) -> list[int]:
+    """Our shims: forks of the spawner, by their own name or still by its; without those that are to live, and their workers."""
     found, spawner = [], spawner_of(d)
     for pid in processes_of(d.folder):
         try:
             line = Path(f"/proc/{pid}/cmdline").read_bytes()
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-        if line.startswith(b"containerd-shim-boxship-v1") or (b"boxship.daemon.spawner" in line and pid != spawner):
+        is_shim = line.startswith(b"containerd-shim-boxship-v1") or (b"boxship.daemon.spawner" in line and pid != spawner)
+        if is_shim and pid not in keepers and parent not in keepers:
             found.append(pid)
     return found
 
@@ -256,7 +258,7 @@ class Campaign:
 
     def start(self) -> None:
         at = time.monotonic()
-        self.d.start("--log-level", "info", config=f'[engine]\nnamespace = "{self.namespace}e"\ncgroup_parent = "/{self.namespace}"\n')
+        self.d.start("--log-level", "debug", config=f'[engine]\nnamespace = "{self.namespace}e"\ncgroup_parent = "/{self.namespace}"\n')
         if self.kills:
             self.slowest_s = max(self.slowest_s, time.monotonic() - at)
 
@@ -308,7 +310,7 @@ class Campaign:
                     time.sleep(self.chance.choice([0, 0, 0.5]))
                     self.start()
                     continue
-                found = [pid for pid in shims(self.d) if pid not in keepers] if kind == "shim" else [spawner_of(self.d)]
+                found = shims(self.d, keepers) if kind == "shim" else [spawner_of(self.d)]
                 if found and found[0]:
                     try:
                         os.kill(self.chance.choice(found), signal.SIGKILL)
@@ -351,7 +353,7 @@ class Campaign:
         for witness in self.witnesses:
             witness.look()
         keepers = {witness.shim for witness in self.witnesses}
-        until(lambda: set(shims(d)) == keepers, lambda: f"shims: {_named(set(shims(d)) - keepers)}; missing: {keepers - set(shims(d))}")
+        until(lambda: not shims(d, keepers), lambda: f"shims stay: {_named(set(shims(d, keepers)))}")
         for what, found in (("bundles", self.bundles), ("work folders", self.work), ("control groups", self.groups),
                             ("records of the runtime", self.records), ("sockets", self.dead_sockets)):
             until(lambda found=found: not found(), lambda what=what, found=found: f"{what} stay: {found()}")  # type: ignore[misc]
@@ -460,7 +462,7 @@ class Campaign:
         for what, found in (("bundles", self.bundles), ("work folders", self.work), ("control groups", self.groups),
                             ("records of the runtime", self.records)):
             until(lambda found=found: not found(), lambda what=what, found=found: f"{what} stay: {found()}")  # type: ignore[misc]
-        until(lambda: not shims(d), lambda: f"shims stay: {_named(set(shims(d)))}")
+        until(lambda: not shims(d, set()), lambda: f"shims stay: {_named(set(shims(d, set())))}")
         for name in self.must("ctr", "images", "ls", "-q").split():
             self.must("ctr", "images", "rm", "--sync", name)
         code = d.stop()
@@ -480,10 +482,16 @@ class Campaign:
 
 
 def _named(pids: set[int]) -> dict[int, str]:
+    """What they are, and what they wait for."""
     found = {}
     for pid in pids:
+        entry = Path(f"/proc/{pid}")
         try:
-            found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(bytes(1), b" ").decode(errors="replace").strip()
+            line = (entry / "cmdline").read_bytes().replace(bytes(1), b" ").decode(errors="replace").strip()
+            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+            files = {name.name: os.readlink(name) for name in (entry / "fd").iterdir()}
+            found[pid] = (f"{line}, child of {parent}, children {(entry / 'task' / str(pid) / 'children').read_text()!r},"
+                          f" in {(entry / 'stack').read_text().splitlines()[:3]}, system call {(entry / 'syscall').read_text()}, {files}")
         except OSError:
             found[pid] = "gone"
     return found

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 
+from boxship.abi import syscalls
+from boxship.linux import _sys
 from boxship.oci import text
 
 TYPE_CHECKING = False
@@ -22,11 +24,16 @@ if TYPE_CHECKING:
     OwnRuntime = Callable[[Sequence[str], Sequence[int], dict[str, str]], int]
     """(argv, standard streams, environment) → exit code: a runtime within this process."""
 
-_SIGCHLD, _SIGTERM, _SIGINT, _SIGPIPE, _SIG_DFL = 17, 15, 2, 13, 0
+_SIGCHLD, _SIGKILL, _SIGTERM, _SIGINT, _SIGPIPE, _SIG_DFL = 17, 9, 15, 2, 13, 0
+_PR_SET_PDEATHSIG = 1
 
 
 def in_fork(work: Callable[[], int]) -> int:
-    """Do `work` in a fork, which ends with the code that it returns; the fork's pid. Raises OSError."""
+    """Do `work` in a fork, which ends with the code that it returns, or with the shim; the fork's pid. Raises OSError.
+
+    It has the shim's sockets open: a shim that is killed would seem to live for as long as a fork of it does.
+    """
+    shim = os.getpid()
     pid = os.fork()
     if pid:
         return pid
@@ -35,6 +42,9 @@ def in_fork(work: Callable[[], int]) -> int:
     try:
         import _signal  # type: ignore[import-not-found]
 
+        _sys.syscall(syscalls.PRCTL, _PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
+        if os.getppid() != shim:
+            return 0  # it was killed meanwhile; `finally` ends this
         _signal.set_wakeup_fd(-1)
         for number in (_SIGCHLD, _SIGTERM, _SIGINT):
             _signal.signal(number, _SIG_DFL)

@@ -16,6 +16,7 @@ import _socket
 import gc
 import os
 import select
+import sys
 import time
 from _struct import Struct
 
@@ -139,6 +140,9 @@ class Spawner:
                 self._births.close()
                 os.close(_lock)
                 work(given)
+            except BaseException:
+                sys.excepthook(*sys.exc_info())  # into SOCKET.log: nobody else hears of it
+                raise
             finally:
                 os._exit(0)
         for fd in given:
