@@ -398,7 +398,7 @@ class TaskService:
     def delete(self, request: Any) -> Step:
         """Forget a process that has ended; with the first one the container."""
         making = self.containers.get(request.id)
-        if making is not None:
+        if making is not None and not making.created:
             # A daemon that finds the shim in the middle of a create that an earlier one has asked for does not want it any more.
             yield making.made
         container, process = self._process(request)
