@@ -161,6 +161,7 @@ class Container:
             process = Process.unpack(one, contents, loop, children)
             container.execs[process.exec_id] = process
         container.created = True
+        container.made.set()
         container.paused, container.private_pids, container.is_quick = paused, private_pids, is_quick
         container.checkpoint, container.exit = checkpoint, exit
         if cgroup is not None:
