@@ -19,7 +19,7 @@ from boxship.api.containerd.services import Containerd
 from boxship.engine import http, networking, times
 from boxship.engine.container import Container
 from boxship.engine.core import Core, Settings
-from boxship.engine.events import Filters, labelled
+from boxship.engine.events import Filters, labelled, truth
 from boxship.engine.execs import Execs
 from boxship.engine.images import DANGLING, shown_names
 from boxship.engine.lifecycle import Lifecycle
@@ -118,7 +118,7 @@ class Engine:
     async def prune_images(self, filters: Filters) -> tuple[list[dict[str, str]], int]:
         """Remove the unused images, those without a name only unless `dangling` is false: (steps, bytes)."""
         core = self.core
-        everything = filters.get("dangling", ["true"])[0] in ("false", "0")
+        everything = not truth(filters, "dangling", default=True)
         limits = [times.moment(text) for text in filters.get("until", [])]
         used = core.image_users()
         deleted: list[dict[str, str]] = []

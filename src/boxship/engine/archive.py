@@ -36,9 +36,10 @@ _GO_SETUID, _GO_SETGID, _GO_CHAR, _GO_STICKY = 1 << 23, 1 << 22, 1 << 21, 1 << 2
 class Place:
     """A path in a container: the root that it is below, and the path there. A context manager."""
 
-    def __init__(self, root: Root, path: str, *, read_only: bool) -> None:
+    def __init__(self, root: Root, path: str, *, read_only: bool, owner: str = "") -> None:
         self.root = root
         self.path = path
+        self.owner = owner
         self.read_only = read_only
 
     def __enter__(self) -> Place:
@@ -58,7 +59,7 @@ async def place(core: Core, container: Container, path: str, *, writing: bool = 
     wanted = clean(path)
     root = await running_root(core, container)
     if root is not None:
-        return Place(root, wanted, read_only=False)
+        return Place(root, wanted, read_only=False, owner=container.name)
     points = [point for point in container.mounts if point["Type"] in ("bind", "volume") and (
         wanted == point["Destination"] or wanted.startswith(point["Destination"] + "/"))]
     if points:
@@ -66,12 +67,13 @@ async def place(core: Core, container: Container, path: str, *, writing: bool = 
         source = core.volumes.path(point["Name"]) if point["Type"] == "volume" else point["Source"]
         inner = wanted[len(point["Destination"]) :] or "/"
         if os.path.isdir(source):
-            return Place(Root(path=source), inner, read_only=not point["RW"])
+            return Place(Root(path=source), inner, read_only=not point["RW"], owner=container.name)
     mounts = await core.snapshots.mounts(container.id)
     if writing:
         container.fresh = False
         core.save(container)
-    return Place(Root(mounts, read_only=not writing), wanted, read_only=container.host["ReadonlyRootfs"])
+    return Place(
+        Root(mounts, read_only=not writing), wanted, read_only=container.host["ReadonlyRootfs"], owner=container.name)
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -100,20 +102,20 @@ def _open_item(spot: Place) -> tuple[int, str, os.stat_result]:
             return fd, ".", os.fstat(fd)
         fd = spot.root.open_folder(parent)
     except OSError as error:
-        raise _not_found(spot.path, error) from None
+        raise _not_found(spot, error) from None
     try:
         return fd, name, os.stat(name, dir_fd=fd, follow_symlinks=False)
     except OSError as error:
         os.close(fd)
-        raise _not_found(spot.path, error) from None
+        raise _not_found(spot, error) from None
 
 
-def _not_found(path: str, error: OSError) -> NotFound:
+def _not_found(spot: Place, error: OSError) -> NotFound:
     import errno
 
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV):
-        return NotFound(f"Could not find the file {path} in container")
-    raise from_os_error(error, f"looking up {path}") from None
+        return NotFound(f"Could not find the file {spot.path} in container {spot.owner}")
+    raise from_os_error(error, f"looking up {spot.path}") from None
 
 
 def stat_header(spot: Place, wanted: str) -> str:
@@ -273,7 +275,7 @@ def extract(spot: Place, stream: BinaryIO, *, no_overwrite_kind: bool, owner: tu
     except NotADirectoryError:
         raise InvalidArgument("extraction point is not a directory") from None
     except OSError as error:
-        raise _not_found(spot.path, error) from None
+        raise _not_found(spot, error) from None
     os.close(fd)
     if spot.read_only:
         raise PermissionDenied("container rootfs is marked read-only")

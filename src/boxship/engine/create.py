@@ -23,9 +23,11 @@ from boxship.engine.container import Container
 from boxship.engine.core import LABEL, RUNC_V2, Core, packed
 from boxship.engine.images import Image
 from boxship.engine.spec import DEFAULT_PATH
+from boxship.images import platforms
 from boxship.kit.errors import FailedPrecondition, InvalidArgument, NotFound, from_os_error
 from boxship.linux.mounts import umount_below
 from boxship.linux.roots import Root
+from boxship.oci.image import Platform
 
 SPEC_URL = "types.containerd.io/opencontainers/runtime-spec/1/Spec"
 _ADJECTIVES = (
@@ -87,7 +89,35 @@ def merge(config: dict[str, Any], image: Image) -> None:
             config["Healthcheck"] = {key: own[key] or inherited[key] for key in own}
 
 
-async def create(core: Core, body: Any, name: str) -> tuple[Container, list[str]]:
+def _check_platform(image: Image, name: str, wanted: str) -> None:
+    """Raise NotFound for an image of another platform than the one that was asked for."""
+    if not wanted:
+        return
+    try:
+        parsed = platforms.parse(wanted)
+    except InvalidArgument:
+        raise InvalidArgument(f'"{wanted}": cannot parse platform specifier: invalid argument') from None
+    found = Platform(os=image.config.get("os", ""), architecture=image.config.get("architecture", ""),
+                               variant=image.config.get("variant", ""))
+    if (found.os, found.architecture) != (parsed.os, parsed.architecture) or (
+            parsed.variant and found.variant and parsed.variant != found.variant):
+        raise NotFound(
+            f"image with reference {name} was found but its platform ({found.os}/{found.architecture}) does not match the "
+            f"specified platform ({wanted})")
+
+
+def _check_joined(core: Core, host: dict[str, Any]) -> None:
+    """Raise InvalidArgument for containers that are to be joined and are not there."""
+    names = [host[key].partition(":")[2] for key in ("PidMode", "IpcMode") if host[key].startswith("container:")]
+    names += [source.partition(":")[0] for source in host["VolumesFrom"] or []]
+    try:
+        for name in names:
+            core.get(name)
+    except NotFound as error:
+        raise InvalidArgument(str(error)) from None
+
+
+async def create(core: Core, body: Any, name: str, platform: str = "") -> tuple[Container, list[str]]:
     """Make a container of a ContainerCreate body.
 
     Returns it and warnings. Raises NotFound, InvalidArgument, FailedPrecondition.
@@ -103,6 +133,7 @@ async def create(core: Core, body: Any, name: str) -> tuple[Container, list[str]
     networks = networking.asked(core, shapes.member(body, "NetworkingConfig"), config, host)
     if host["NetworkMode"] == "host" and host["PortBindings"]:
         warnings.append("Published ports are discarded when using host network mode")
+    _check_joined(core, host)
     core.runtime(host["Runtime"])
     host["Runtime"] = host["Runtime"] or core.settings.default_runtime
     host["CgroupnsMode"] = host["CgroupnsMode"] or ("private" if os.path.exists("/sys/fs/cgroup/cgroup.controllers") else "host")
@@ -110,6 +141,7 @@ async def create(core: Core, body: Any, name: str) -> tuple[Container, list[str]
     if not config["Image"]:
         raise InvalidArgument("config cannot be empty in order to create a container")
     image = await core.images.get(config["Image"])
+    _check_platform(image, config["Image"], platform)
     merge(config, image)
     words = [*(config["Entrypoint"] or []), *(config["Cmd"] or [])]
     if not words or not words[0]:
@@ -123,7 +155,13 @@ async def create(core: Core, body: Any, name: str) -> tuple[Container, list[str]
         "image_id": image.id, "image_name": config["Image"], "snapshotter": core.snapshots.snapshotter, "mounts": points,
         "fresh": True, "networks": networks,
     }, f"{core.directory}/containers/{container_id}")
-    await _make(core, container, image)
+    try:
+        await _make(core, container, image)
+    except BaseException:
+        for point in points:
+            if point.get("_anonymous"):
+                core.volumes.remove(point["Name"])
+        raise
     core.announce(container, "create")
     return container, warnings
 

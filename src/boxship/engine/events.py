@@ -34,8 +34,8 @@ def parse_filters(text: str, known: frozenset[str]) -> Filters:
         return {}
     try:
         found = json.loads(text)
-    except ValueError as error:
-        raise InvalidArgument(f"invalid filter: {error}") from None
+    except ValueError:
+        raise InvalidArgument("invalid filter") from None
     if not isinstance(found, dict):
         raise InvalidArgument("invalid filter")
     made: Filters = {}
@@ -49,6 +49,16 @@ def parse_filters(text: str, known: frozenset[str]) -> Filters:
         if values:
             made[name] = list(values)
     return made
+
+
+def truth(filters: Filters, name: str, *, default: bool) -> bool:
+    """A filter that is true or false. Raises InvalidArgument."""
+    values = filters.get(name)
+    if values is None:
+        return default
+    if len(values) != 1 or values[0].lower() not in ("true", "t", "1", "false", "f", "0"):
+        raise InvalidArgument(f"invalid filter '{name}=[{' '.join(values)}]'")
+    return values[0].lower() in ("true", "t", "1")
 
 
 def labelled(labels: dict[str, str], wanted: list[str]) -> bool:

@@ -18,6 +18,7 @@ from boxship.api.containerd.call import Call
 from boxship.api.containerd.pb import content, images, types
 from boxship.api.containerd.services import Containerd
 from boxship.engine import times
+from boxship.engine.events import truth
 from boxship.engine.rootfs import Snapshots
 from boxship.images import platforms
 from boxship.images.builtin.provide import Builtins
@@ -329,13 +330,14 @@ class Images:
         before = [(await self.get(name)).created for name in filters.get("before", [])]
         since = [(await self.get(name)).created for name in filters.get("since", [])]
         until = [times.moment(text) for text in filters.get("until", [])]
+        dangling = truth(filters, "dangling", default=False) if "dangling" in filters else None
         shown = []
         for image, records in found.values():
             if any(image.created >= limit for limit in [*before, *until]) or any(image.created <= limit for limit in since):
                 continue
             if "label" in filters and not _labelled(image.container_config.get("Labels") or {}, filters["label"]):
                 continue
-            if "dangling" in filters and (filters["dangling"][0] in ("true", "1")) == bool(shown_names(records)[0]):
+            if dangling is not None and dangling == bool(shown_names(records)[0]):
                 continue
             if "reference" in filters:
                 records = [each for each in records if any(_matches(each.name, pattern) for pattern in filters["reference"])]
@@ -359,16 +361,16 @@ class Images:
         if record is None and len(tags) > 1 and not force and len({_repository(each.name) for each in tags}) > 1:
             raise FailedPrecondition(
                 f"conflict: unable to delete {short} (must be forced) - image is referenced in multiple repositories")
+        if users and record is not None and not force:
+            raise FailedPrecondition(
+                f'conflict: unable to remove repository reference "{name}" (must force) - '
+                f"container {users[0].id[:12]} is using its referenced image {short}")
         for each in users:
             if each.state.running:
                 raise FailedPrecondition(
                     f"conflict: unable to delete {short}"
                     f" (cannot be forced) - image is being used by running container {each.id[:12]}")
         if users and not force:
-            if record is not None:
-                raise FailedPrecondition(
-                    f'conflict: unable to remove repository reference "{familiar(record.name)}" (must force) - '
-                    f"container {users[0].id[:12]} is using its referenced image {short}")
             raise FailedPrecondition(
                 f"conflict: unable to delete {short} (must be forced) - image is being used by stopped container"
                 f" {users[0].id[:12]}")

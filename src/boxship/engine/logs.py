@@ -57,7 +57,7 @@ def size(text: str) -> int:
 def check_options(driver: str, options: dict[str, str]) -> None:
     """Raise InvalidArgument for a driver that is not there or an option that it does not have."""
     if driver not in DRIVERS:
-        raise InvalidArgument(f"logger: no log driver named '{driver}' is registered")
+        raise InvalidArgument(f'error looking up logging plugin {driver}: plugin "{driver}" not found')
     for name in options:
         if name not in _OPTIONS[driver]:
             raise InvalidArgument(f"unknown log opt '{name}' for {driver} log driver")

@@ -50,7 +50,8 @@ _HOST_SHOWN_WHEN_SET = frozenset(("Annotations", "StorageOpt", "Tmpfs", "Sysctls
 
 EXEC_CONFIG = {
     "User": "string", "Privileged": "bool", "Tty": "bool", "ConsoleSize": "size?", "AttachStdin": "bool", "AttachStderr": "bool",
-    "AttachStdout": "bool", "DetachKeys": "string", "Env": "[]string", "WorkingDir": "string", "Cmd": "words", "Detach": "bool",
+    "AttachStdout": "bool", "DetachKeys": "string", "Env": "[]string", "WorkingDir": "string", "Cmd": "[]string",
+    "Detach": "bool",
 }
 EXEC_START = {"Detach": "bool", "Tty": "bool", "ConsoleSize": "size?"}
 HEALTHCHECK = {
@@ -76,7 +77,8 @@ def _kind_name(value: Json) -> str:
 
 
 def _wrong(value: Json, where: str, kind: str) -> InvalidArgument:
-    return InvalidArgument(f"json: cannot unmarshal {_kind_name(value)} into Go struct field {where} of type {kind}")
+    return InvalidArgument(
+        f"invalid JSON: json: cannot unmarshal {_kind_name(value)} into Go struct field {where} of type {kind}")
 
 
 def _strings(value: Json, where: str) -> list[str] | None:
@@ -201,5 +203,10 @@ def parse(body: bytes) -> Json:
     """The JSON of a request's body; raises InvalidArgument in dockerd's words."""
     try:
         return json.loads(body)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            raise InvalidArgument("unexpected content after JSON") from None
+        ended = not error.doc[error.pos :].strip()
+        raise InvalidArgument(f"invalid JSON: {'unexpected EOF' if ended else str(error)}") from None
     except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"invalid JSON: {error}") from None

@@ -11,7 +11,7 @@ from typing import Any
 from boxship.engine import networking, shapes, times
 from boxship.engine.container import Container
 from boxship.engine.core import Core
-from boxship.engine.events import Filters, labelled
+from boxship.engine.events import Filters, labelled, truth
 from boxship.engine.volumes import shown_points
 from boxship.kit.errors import InvalidArgument, NotFound
 
@@ -71,15 +71,19 @@ async def listed(core: Core, filters: Filters, *, everything: bool, limit: int, 
             chosen = [each for each in chosen if (each.created < at if keep < 0 else each.created > at)]
     for text in filters.get("status", []):
         if text not in _STATUSES:
-            raise InvalidArgument(f"invalid filter 'status={text}'")
+            raise InvalidArgument(
+                f"invalid filter 'status={text}': invalid value for state ({text}): must be one of created, running, paused, "
+                "restarting, removing, exited, dead")
     codes: list[int] = []
     for text in filters.get("exited", []):
         if not text.lstrip("-").isdigit():
-            raise InvalidArgument(f"invalid filter 'exited={text}'")
+            raise InvalidArgument(f"invalid filter 'exited={text}': strconv.Atoi: parsing \"{text}\": invalid syntax")
         codes.append(int(text))
     for text in filters.get("health", []):
         if text not in ("starting", "healthy", "unhealthy", "none"):
-            raise InvalidArgument(f"invalid filter 'health={text}'")
+            raise InvalidArgument(
+                f"invalid filter 'health={text}': invalid value for health ({text}): must be one of none, starting, healthy, "
+                "unhealthy")
     ancestors: set[str] = set()
     for text in filters.get("ancestor", []):
         try:
@@ -138,6 +142,6 @@ def _wanted(core: Core, container: Container, filters: Filters, codes: list[int]
             text == name or (each["NetworkID"] and each["NetworkID"].startswith(text))
             for name, each in networking.shown_networks(core, container).items() for text in filters["network"]):
         return False
-    if "is-task" in filters and "true" in filters["is-task"]:
+    if truth(filters, "is-task", default=False):
         return False
     return networking.has_port(core, container, filters)

@@ -188,7 +188,7 @@ def _normal(names: list[str], known: list[str]) -> list[str]:
         if upper != "ALL" and not upper.startswith("CAP_"):
             upper = f"CAP_{upper}"
         if upper != "ALL" and upper not in NAMES:
-            raise InvalidArgument(f'invalid capability: unknown capability: "{name}"' if name else "invalid capability: empty")
+            raise InvalidArgument(f'invalid capability: unknown capability: "{upper}"' if name else "invalid capability: empty")
         if upper == "ALL" or upper in known:
             made.append(upper)
     return made

@@ -86,7 +86,11 @@ def moment(text: str) -> int:
     try:
         return time.time_ns() - duration(text)
     except InvalidArgument:
+        pass
+    try:
         return nanoseconds(text)
+    except InvalidArgument:
+        raise InvalidArgument(f'failed to parse value as time or duration: "{text}"') from None
 
 
 def ago(ns: int) -> str:

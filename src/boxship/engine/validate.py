@@ -6,6 +6,7 @@ Spec: Docker Engine API, ContainerCreate; dockerd's words for what it refuses.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import Any
 
@@ -36,7 +37,7 @@ def signal(text: str) -> int:
     if text.isdigit():
         if 0 < int(text) <= 64:
             return int(text)
-        raise InvalidArgument(f"invalid signal: {text}")
+        raise InvalidArgument(f"the linux daemon does not support signal {text}")
     found = _SIGNALS.get(text.upper().removeprefix("SIG"))
     if found is None:
         raise InvalidArgument(f"invalid signal: {text}")
@@ -65,6 +66,19 @@ def check(config: dict[str, Any], host: dict[str, Any]) -> list[str]:
     spec.capability_set(host["CapAdd"] or [], host["CapDrop"] or [], privileged=False)
     spec.security_options(host["SecurityOpt"] or [])
     _modes(host)
+    _unused(host)
+    for path in host["Tmpfs"] or {}:
+        if not path.startswith("/"):
+            raise InvalidArgument(f"invalid mount path: '{path}' mount path must be absolute")
+    for entry in host["ExtraHosts"] or []:
+        mapping = entry.partition("=" if "=" in entry else ":")
+        if not mapping[0] or not mapping[2]:
+            raise InvalidArgument(f'bad format for add-host: "{entry}"')
+    for address in host["Dns"] or []:
+        try:
+            ipaddress.ip_address(address)
+        except ValueError:
+            raise InvalidArgument(f"bad nameserver address {address}: unable to parse IP") from None
     if host["Memory"] > 0 and host["MemorySwap"] == 0:
         host["MemorySwap"] = host["Memory"] * 2
     host["ShmSize"] = host["ShmSize"] or spec.SHM_SIZE
@@ -85,6 +99,14 @@ def check(config: dict[str, Any], host: dict[str, Any]) -> list[str]:
         if host["ReadonlyPaths"] is None:
             host["ReadonlyPaths"] = list(spec.READ_ONLY)
     return warnings
+
+
+def _unused(host: dict[str, Any]) -> None:
+    """Raise InvalidArgument for what dockerd on Linux has no use for, or only on file systems with quotas of projects."""
+    if host["Isolation"] not in ("", "default"):
+        raise InvalidArgument(f"invalid isolation ({host['Isolation']}): linux only supports 'default'")
+    if host["StorageOpt"]:
+        raise InvalidArgument("--storage-opt is supported only for overlay over xfs with 'pquota' mount option")
 
 
 def restart_policy(policy: dict[str, Any], *, auto_remove: bool = False) -> None:

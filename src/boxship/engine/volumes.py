@@ -96,7 +96,7 @@ class Volumes:
     ) -> dict[str, Any]:
         """Make a volume; the one that is there when it has the name. Raises InvalidArgument, FailedPrecondition, NotFound."""
         if driver not in ("", "local"):
-            raise NotFound(f'error looking up volume plugin {driver}: plugin "{driver}" not found')
+            raise NotFound(f'create {name or "anonymous"}: error looking up volume plugin {driver}: plugin "{driver}" not found')
         name = name or secrets.token_hex(32)
         if not _NAME.match(name):
             raise InvalidArgument(
@@ -276,7 +276,7 @@ def parse_mount(mount: dict[str, Any]) -> dict[str, Any]:
         return _point("tmpfs", destination, writable=writable, tmpfs=words)
     if kind in ("image", "npipe", "cluster"):
         raise Unsupported(f"mounts of type {kind}")
-    raise InvalidArgument(f'invalid mount config for type "{kind}": mount type unknown: "{kind}"')
+    raise InvalidArgument(f'invalid mount config for type "{kind}": mount type unknown')
 
 
 def populate(source: Root, destination: str, target: str) -> None:

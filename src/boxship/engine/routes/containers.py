@@ -51,7 +51,8 @@ async def list_containers(engine: Any, request: web.Request) -> web.StreamRespon
 @routes.post("/containers/create")
 async def create_container(engine: Any, request: web.Request) -> web.StreamResponse:
     body = await body_of(request)
-    container, warnings = await whole(create.create(engine.core, body, request.query.get("name", "")))
+    container, warnings = await whole(create.create(
+        engine.core, body, request.query.get("name", ""), request.query.get("platform", "")))
     return answer({"Id": container.id, "Warnings": warnings}, 201)
 
 
@@ -128,10 +129,15 @@ async def rename_container(engine: Any, request: web.Request, name: str) -> web.
         raise InvalidArgument("Neither old nor new names may be empty")
     container = engine.core.get(name)
     former = container.name
-    wanted = validate.name(wanted)
-    if wanted == former:
-        raise InvalidArgument("Renaming a container with the same name as its current name")
-    engine.core.rename(container, wanted)
+    try:
+        wanted = validate.name(wanted)
+        if wanted == former:
+            raise InvalidArgument("Renaming a container with the same name as its current name")
+        engine.core.rename(container, wanted)
+    except (InvalidArgument, FailedPrecondition) as error:
+        if wanted == former:
+            raise
+        raise type(error)(f"Error when allocating new name: {error}") from None
     engine.core.announce(container, "rename", oldName=f"/{former}")
     return nothing()
 
@@ -280,10 +286,10 @@ async def resize_container(engine: Any, request: web.Request, name: str) -> web.
 def _size(request: web.Request) -> tuple[int, int]:
     found = []
     for key in ("h", "w"):
-        value = number(request, key)
-        if value is None or not 0 <= value < 1 << 32:
-            raise InvalidArgument(f"invalid resize {'height' if key == 'h' else 'width'} \"{request.query.get(key, '')}\"")
-        found.append(value)
+        text = request.query.get(key, "")
+        if not text.isdecimal() or int(text) >= 1 << 32:
+            raise InvalidArgument(f"invalid resize {'height' if key == 'h' else 'width'} \"{text}\": invalid syntax")
+        found.append(int(text))
     return found[0], found[1]
 
 

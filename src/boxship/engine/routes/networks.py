@@ -12,7 +12,7 @@ from typing import Any
 from aiohttp import web
 
 from boxship.engine import networking, shapes, times
-from boxship.engine.events import Filters, labelled, parse_filters
+from boxship.engine.events import Filters, labelled, parse_filters, truth
 from boxship.engine.http import VERSION, Routes, answer, body_of, nothing
 from boxship.engine.routes.containers import whole
 from boxship.kit.errors import BoxshipError, InvalidArgument, NotFound, PermissionDenied, Unsupported
@@ -41,12 +41,6 @@ _FILTERS = frozenset(("dangling", "driver", "id", "label", "name", "scope", "typ
 _CONNECT = {"Container": "string", "EndpointConfig": "map?", "Force": "bool"}
 
 
-def _truth(values: list[str], name: str) -> bool:
-    if values[0].lower() not in ("true", "false", "1", "0", "t", "f"):
-        raise InvalidArgument(f"invalid filter '{name}={values[0]}'")
-    return values[0].lower() in ("true", "1", "t")
-
-
 def _chosen(engine: Any, filters: Filters) -> list[Network]:
     core = engine.core
     found: list[Network] = core.networks.all()
@@ -66,7 +60,7 @@ def _chosen(engine: Any, filters: Filters) -> list[Network]:
                 raise InvalidArgument(f"invalid filter: 'type'='{kind}'")
         found = [each for each in found if ("builtin" if each.predefined else "custom") in filters["type"]]
     if "dangling" in filters:
-        wanted = _truth(filters["dangling"], "dangling")
+        wanted = truth(filters, "dangling", default=False)
         found = [each for each in found if not each.predefined and networking.unused(core, each) == wanted]
     return found
 

@@ -15,15 +15,16 @@ from aiohttp import web
 import boxship
 from boxship.engine import shapes, show, times
 from boxship.engine.devices import known
-from boxship.engine.events import event_filters, labelled, parse_filters
+from boxship.engine.events import event_filters, labelled, parse_filters, truth
 from boxship.engine.http import API_MIN_VERSION, API_VERSION, VERSION, Routes, Stream, answer, body_of, encoded, flag, nothing
 from boxship.engine.logs import DRIVERS
 from boxship.engine.volumes import size_of
-from boxship.kit.errors import BoxshipError, FailedPrecondition, NotFound, Unavailable
+from boxship.kit.errors import BoxshipError, FailedPrecondition, InvalidArgument, NotFound, Unavailable, Unsupported
 from boxship.network.model import DRIVERS as NETWORK_DRIVERS
 
 routes = Routes()
 
+_USAGE = ("container", "image", "volume", "build-cache")
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
@@ -144,6 +145,9 @@ async def info(engine: Any, request: web.Request) -> web.StreamResponse:
 async def events(engine: Any, request: web.Request) -> web.StreamResponse:
     filters = event_filters(request.query.get("filters", ""))
     since, until = times.moment(request.query.get("since", "")), times.moment(request.query.get("until", ""))
+    if since and until and since > until:
+        raise InvalidArgument(
+            f"`since` time ({request.query['since']}) cannot be after `until` time ({request.query['until']})")
     stream = Stream(request, "application/json")
     await stream.begin()
     async for event in engine.core.events.listen(since, until, filters):
@@ -160,18 +164,25 @@ async def auth(engine: Any, request: web.Request) -> web.StreamResponse:
 @routes.get("/system/df")
 async def usage(engine: Any, request: web.Request) -> web.StreamResponse:
     core = engine.core
-    used = core.image_users()
-    images = [await core.images.summary(image, records, used.get(image.id, 0), shared=0)
-              for image, records in (await core.images.all()).values()]
-    layers: dict[str, int] = {}
-    for image, _ in (await core.images.all()).values():
-        layers[image.chain] = await core.images.size(image)
-    rows = await show.listed(core, {}, everything=True, limit=0, with_size=True)
-    return answer({
-        "LayersSize": sum(layers.values()), "Images": images, "Containers": rows,
-        "Volumes": await _volume_rows(engine, with_usage=True),
-        "BuildCache": [],
-    })
+    asked = request.query.getall("type", []) or list(_USAGE)
+    for kind in asked:
+        if kind not in _USAGE:
+            raise InvalidArgument(f"unknown object type: {kind}")
+    found: dict[str, Any] = {"LayersSize": 0}
+    found |= {"Images": None, "Containers": None, "Volumes": None, "BuildCache": None}
+    if "image" in asked:
+        used = core.image_users()
+        everything = (await core.images.all()).values()
+        found["Images"] = [
+            await core.images.summary(image, records, used.get(image.id, 0), shared=0) for image, records in everything]
+        found["LayersSize"] = sum({image.chain: await core.images.size(image) for image, _ in everything}.values())
+    if "container" in asked:
+        found["Containers"] = await show.listed(core, {}, everything=True, limit=0, with_size=True)
+    if "volume" in asked:
+        found["Volumes"] = await _volume_rows(engine, with_usage=True)
+    if "build-cache" in asked:
+        found["BuildCache"] = []
+    return answer(found)
 
 
 # volumes
@@ -197,7 +208,7 @@ async def list_volumes(engine: Any, request: web.Request) -> web.StreamResponse:
     if "label" in filters:
         rows = [row for row in rows if labelled(row["Labels"] or {}, filters["label"])]
     if "dangling" in filters:
-        wanted = filters["dangling"][0] in ("true", "1")
+        wanted = truth(filters, "dangling", default=False)
         rows = [row for row in rows if wanted != bool(engine.core.used_by(row["Name"]))]
     return answer({"Volumes": rows, "Warnings": None})
 
@@ -213,7 +224,7 @@ async def create_volume(engine: Any, request: web.Request) -> web.StreamResponse
 @routes.post("/volumes/prune")
 async def prune_volumes(engine: Any, request: web.Request) -> web.StreamResponse:
     filters = parse_filters(request.query.get("filters", ""), frozenset(("label", "label!", "all")))
-    everything = request[VERSION] < (1, 42) or filters.get("all", ["false"])[0] in ("true", "1")
+    everything = request[VERSION] < (1, 42) or truth(filters, "all", default=False)
     deleted, space = [], 0
     core = engine.core
     for row in core.volumes.all():
@@ -265,6 +276,17 @@ def _swarm(path: str) -> None:
         routes.add(method, f"{path}/{{rest}}")(refuse)
 
 
+@routes.post("/swarm/init")
+@routes.post("/swarm/join")
+async def no_swarm(engine: Any, request: web.Request) -> web.StreamResponse:
+    raise Unsupported("swarms of engines", "for containers on many machines there is Kubernetes, through CRI")
+
+
+@routes.post("/swarm/leave")
+async def leave_swarm(engine: Any, request: web.Request) -> web.StreamResponse:
+    raise Unavailable("This node is not part of a swarm")
+
+
 for _path in ("/swarm", "/nodes", "/services", "/tasks", "/secrets", "/configs"):
     _swarm(_path)
 
@@ -272,5 +294,23 @@ for _path in ("/swarm", "/nodes", "/services", "/tasks", "/secrets", "/configs")
 @routes.get("/plugins")
 async def list_plugins(engine: Any, request: web.Request) -> web.StreamResponse:
     return answer([])
+
+
+@routes.post("/plugins/pull")
+@routes.post("/plugins/create")
+@routes.get("/plugins/privileges")
+async def no_plugins(engine: Any, request: web.Request) -> web.StreamResponse:
+    raise Unsupported("plugins", "volumes are of the driver local, networks of the drivers that `docker info` lists")
+
+
+@routes.get("/plugins/{name}/json")
+@routes.delete("/plugins/{name}")
+@routes.post("/plugins/{name}/enable")
+@routes.post("/plugins/{name}/disable")
+@routes.post("/plugins/{name}/set")
+@routes.post("/plugins/{name}/upgrade")
+@routes.post("/plugins/{name}/push")
+async def no_plugin(engine: Any, request: web.Request, name: str) -> web.StreamResponse:
+    raise NotFound(f'plugin "{name}" not found')
 
 
