@@ -32,7 +32,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { BUFFER = 64 << 10, PIPE = 256 << 10, TURN = 1 << 20, WORKERS_MAX = 16, EVENTS = 64, ACCEPTS = 16, PIPES_KEPT = 16, STACK = 64 << 10 };
+enum { BUFFER = 64 << 10, PIPE = 512 << 10, TURN = 2 << 20, WORKERS_MAX = 16, EVENTS = 64, ACCEPTS = 16, PIPES_KEPT = 16, STACK = 64 << 10 };
 
 struct listener {
 	struct listener *next;

@@ -15,13 +15,14 @@ named, so many at a time for each container.
 from __future__ import annotations
 
 import _socket
+import _thread
 import os
 import random
 
 from boxship.kit.errors import BoxshipError, InvalidArgument
 from boxship.kit.loop import IN, Loop
 from boxship.linux.netns import Inside
-from boxship.network.dns import message
+from boxship.network.dns import message, redirect
 from boxship.network.dns.forward import Forward
 from boxship.network.dns.names import Names, Place
 
@@ -121,20 +122,10 @@ class Resolver:
             self._namespace = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise InvalidArgument(f"network namespace {path}: {(error.strerror or '').lower()}") from None
-        self._datagrams: _socket.socket | None = None
-        self._listener: _socket.socket | None = None
         try:
             with Inside(self._namespace):
-                self._datagrams = _made(_socket.AF_INET, _socket.SOCK_DGRAM)
-                self._listener = _made(_socket.AF_INET, _socket.SOCK_STREAM)
-            self._listener.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
-            self._datagrams.bind((ADDRESS, PORT))
-            self._listener.bind((ADDRESS, PORT))
-            self._listener.listen(_BACKLOG)
+                self._datagrams, self._listener = _listen()
         except OSError as error:
-            for each in (self._datagrams, self._listener):
-                if each is not None:
-                    each.close()
             os.close(self._namespace)
             raise BoxshipError(f"name server of {path}: listen {ADDRESS}:{PORT}: {(error.strerror or '').lower()}") from None
         self._loop.add(self._datagrams.fileno(), IN, self._on_datagrams)
@@ -150,8 +141,6 @@ class Resolver:
 
     def close(self) -> None:
         """The container is gone."""
-        assert self._datagrams is not None
-        assert self._listener is not None
         for each in list(self._streams):
             each.close()
         for forward in list(self._forwards):
@@ -160,7 +149,8 @@ class Resolver:
         for served in (self._datagrams, self._listener):
             self._loop.remove(served.fileno())
             served.close()
-        os.close(self._namespace)
+        # Besides, because of what the kernel waits for meanwhile. The container may live on, and may be told so at once then.
+        _thread.start_new_thread(_undo, (self._namespace,))
 
     def forget(self, stream: _Stream) -> None:
         """It has been closed."""
@@ -168,7 +158,6 @@ class Resolver:
 
     def _on_datagrams(self, events: int) -> None:
         served = self._datagrams
-        assert served is not None
         for _ in range(_TURN):
             try:
                 packet, address = served.recvfrom(message.MESSAGE_MAX)
@@ -186,7 +175,6 @@ class Resolver:
             self.ask(packet, reply, stream=False)
 
     def _on_listener(self, events: int) -> None:
-        assert self._listener is not None
         for _ in range(_TURN):
             try:
                 fd, _ = self._listener._accept()  # type: ignore[attr-defined]
@@ -259,6 +247,46 @@ class Resolver:
             return _made(family, kind)
         with Inside(self._namespace):
             return _made(family, kind)
+
+
+def _listen() -> tuple[_socket.socket, _socket.socket]:
+    """For datagrams and streams, in the present namespace, where ADDRESS:PORT leads to them. Raises OSError."""
+    try:
+        pair = _bound(0)
+        try:
+            redirect.redirect(ADDRESS, PORT, pair[0].getsockname()[1], pair[1].getsockname()[1])
+        except BaseException:
+            for each in pair:
+                each.close()
+            raise
+        return pair
+    except OSError:
+        # A kernel without nftables: the port itself, which the container cannot have then.
+        return _bound(PORT)
+
+
+def _undo(namespace: int) -> None:
+    """Takes the descriptor."""
+    try:
+        with Inside(namespace):
+            redirect.undo()
+    except OSError:
+        pass  # it was not there: the kernel lacks nftables, or the container took it away
+    os.close(namespace)
+
+
+def _bound(port: int) -> tuple[_socket.socket, _socket.socket]:
+    datagrams, listener = _made(_socket.AF_INET, _socket.SOCK_DGRAM), _made(_socket.AF_INET, _socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+        datagrams.bind((ADDRESS, port))
+        listener.bind((ADDRESS, port))
+        listener.listen(_BACKLOG)
+    except BaseException:
+        datagrams.close()
+        listener.close()
+        raise
+    return datagrams, listener
 
 
 def _made(family: int, kind: int) -> _socket.socket:
