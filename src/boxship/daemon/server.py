@@ -7,8 +7,7 @@ Runs in: the process of `boxship daemon` (boxshipd), one event loop.
     SIGTERM  (SIGINT too) no new calls, streams end, calls under way get some seconds; containers and their shims live on
     SIGKILL  at any moment: what is on disk is whole, the next daemon finds the shims
 
-Sockets that systemd opened are used in place of our own. gRPC cannot take over a listening descriptor, so connections to one that
-was handed in are passed on to a socket of ours.
+Sockets that systemd opened are used in place of our own.
 """
 
 from __future__ import annotations
@@ -24,13 +23,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# Before gRPC is imported: its own handlers of fork are of no use here, where children are only ever vforked and exec'ed.
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-
 import boxship
 from boxship.api.containerd import ttrpc
-from boxship.api.containerd.client import connect
 from boxship.api.containerd.server import Observer, Server, as_error
 from boxship.api.containerd.services import Containerd
 from boxship.containerd import service
@@ -67,44 +61,6 @@ class Lock:
     def release(self) -> None:
         """Let go."""
         os.close(self._fd)
-
-
-class Forward:
-    """Passes the connections of a listening socket on to the socket at `path`."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._server: asyncio.Server | None = None
-
-    async def listen(self, listener: socket.socket) -> None:
-        """Begin."""
-        self._server = await asyncio.start_unix_server(self._serve, sock=listener)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            inner_reader, inner_writer = await asyncio.open_unix_connection(self._path)
-        except OSError as error:
-            log.error("%s: %s", self._path, error)
-            writer.close()
-            return
-
-        async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-            try:
-                while data := await source.read(65536):
-                    sink.write(data)
-                    await sink.drain()
-                sink.write_eof()
-            except OSError:
-                sink.close()
-
-        await asyncio.gather(copy(reader, inner_writer), copy(inner_reader, writer))
-        inner_writer.close()
-        writer.close()
-
-    def close(self) -> None:
-        """Take no more."""
-        if self._server is not None:
-            self._server.close()
 
 
 class Daemon:
@@ -173,6 +129,11 @@ class Daemon:
     async def _services(self) -> Containerd:
         config = self.config
         if config.containerd.remote:
+            # gRPC's own handlers of fork are of no use here, where children are only ever vforked and exec'ed.
+            os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+            os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+            from boxship.api.containerd.client import connect  # grpcio is not for a daemon that is no client
+
             return connect(config.containerd.remote)
         return await service.open(config.root, config.state, self._launchers(), config.parts)
 
@@ -201,9 +162,12 @@ class Daemon:
     async def _serve_grpc(self, containerd: Containerd, observer: Observer, listener: socket.socket | None) -> None:
         settings, path = self.config.containerd, self.config.containerd_socket
         server = Server(containerd, observer)
-        inner = path if listener is None else os.path.join(self.config.state, "containerd-inner.sock")
-        os.makedirs(os.path.dirname(path), 0o711, exist_ok=True)
-        server.listen(inner, settings.mode if listener is None else 0o600, settings.uid, settings.gid)
+        if listener is not None:
+            server.take(listener)
+        else:
+            os.makedirs(os.path.dirname(path), 0o711, exist_ok=True)
+            server.listen(path, settings.mode, settings.uid, settings.gid)
+            self._undo.append(lambda: _unlink(path))
         await server.start()
 
         async def stop() -> None:
@@ -212,11 +176,6 @@ class Daemon:
             await server.stop(GRACE_S)
 
         self._undo.append(stop)
-        self._undo.append(lambda: _unlink(inner))
-        if listener is not None:
-            forward = Forward(inner)
-            await forward.listen(listener)
-            self._undo.append(forward.close)
 
     async def _serve_ttrpc(self, containerd: Containerd, listener: socket.socket | None) -> None:
         settings, path = self.config.containerd, self.config.containerd_socket + ".ttrpc"

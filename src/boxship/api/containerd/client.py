@@ -14,9 +14,9 @@ import grpc.aio
 
 from boxship.api.containerd.call import LEASE_HEADER, NAMESPACE_HEADER, Call
 from boxship.api.containerd.services import SERVICES, Containerd, Method, descriptor_of, methods_of
+from boxship.api.grpc.server import MESSAGE_MAX
 from boxship.kit.errors import BoxshipError, from_code
 
-MESSAGE_MAX = 16 << 20
 OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_MAX), ("grpc.max_send_message_length", MESSAGE_MAX),
     # Paths of sockets are no host names, and some servers refuse what is made of them.

@@ -10,21 +10,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol
 
-import grpc
-import grpc.aio
+from google.protobuf.message import DecodeError
 
 from boxship.api.containerd import pb
 from boxship.api.containerd.call import LEASE_HEADER, NAMESPACE_HEADER, Call
-from boxship.api.containerd.client import MESSAGE_MAX
 from boxship.api.containerd.services import Containerd, Method, Missing, descriptor_of, methods_of
-from boxship.kit.errors import BoxshipError, NotFound, from_os_error
+from boxship.api.grpc import server as grpc
+from boxship.api.grpc.server import Stream
+from boxship.kit.errors import BoxshipError, Internal, NotFound, from_os_error
 
 log = logging.getLogger("boxship.grpc")
-CODES = {code.value[0]: code for code in grpc.StatusCode}
+CODES = ("OK", "Canceled", "Unknown", "InvalidArgument", "DeadlineExceeded", "NotFound", "AlreadyExists", "PermissionDenied",
+         "ResourceExhausted", "FailedPrecondition", "Aborted", "OutOfRange", "Unimplemented", "Internal", "Unavailable",
+         "DataLoss", "Unauthenticated")
+"""By number, as Go's metrics have them."""
 TTRPC_ONLY = {"ttrpc_events"}
+_LOOK_S = 0.01
+_BACKLOG = 1024
 
 
 class Observer(Protocol):
@@ -58,88 +64,71 @@ def as_error(error: BaseException, where: str) -> BoxshipError:
 
 def code_name(code: int) -> str:
     """The name of a gRPC code as Go's metrics have it: `NotFound`, `OK`."""
-    name = CODES[code].name
-    special = {"OK": "OK", "CANCELLED": "Canceled"}
-    return special.get(name) or "".join(part.capitalize() for part in name.split("_"))
+    return CODES[code]
 
 
-def _call_of(context: grpc.aio.ServicerContext[Any, Any]) -> Call:
-    namespace = lease = agent = ""
-    for key, value in context.invocation_metadata() or ():
-        if key == NAMESPACE_HEADER:
-            namespace = value
-        elif key == LEASE_HEADER:
-            lease = value
-        elif key == "user-agent":
-            agent = value
-    return Call(namespace, lease, agent=agent)
+def _call_of(stream: Stream) -> Call:
+    headers = stream.headers
+    return Call(headers.get(NAMESPACE_HEADER, ""), headers.get(LEASE_HEADER, ""), agent=headers.get("user-agent", ""))
 
 
-def _handler(function: Callable[..., Any], service: str, method: Method, observer: Observer) -> grpc.RpcMethodHandler[Any, Any]:
-    kinds = {
-        (False, False): ("unary", grpc.unary_unary_rpc_method_handler),
-        (False, True): ("server_stream", grpc.unary_stream_rpc_method_handler),
-        (True, False): ("client_stream", grpc.stream_unary_rpc_method_handler),
-        (True, True): ("bidi_stream", grpc.stream_stream_rpc_method_handler),
-    }
-    kind, make = kinds[method.client_streaming, method.server_streaming]
+def _method(function: Callable[..., Any], service: str, method: Method, observer: Observer) -> grpc.Method:
+    kind = {
+        (False, False): "unary", (False, True): "server_stream", (True, False): "client_stream", (True, True): "bidi_stream",
+    }[method.client_streaming, method.server_streaming]
     where = f"{service}/{method.name}"
+    name = method.name
 
-    async def failed(error: BaseException, context: grpc.aio.ServicerContext[Any, Any], token: object) -> None:
-        if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
-            observer.handled(token, kind, service, method.name, "Canceled")
-            raise error
-        if isinstance(error, grpc.aio.AbortError):
-            raise error
-        known = as_error(error, where)
-        observer.handled(token, kind, service, method.name, code_name(known.code))
-        await context.abort(CODES[known.code], str(known))
-
-    async def single(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        token = observer.started(kind, service, method.name)
+    def decode(message: bytes) -> Any:
         try:
-            response = await function(request, _call_of(context))
-        except BaseException as error:  # noqa: BLE001 - reported to the peer
-            await failed(error, context, token)
-            return None
-        observer.handled(token, kind, service, method.name, "OK")
-        return response
+            return method.request.FromString(message)
+        except DecodeError:
+            raise Internal(f"{where}: the request is no {method.request.DESCRIPTOR.name}") from None
 
-    async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        token = observer.started(kind, service, method.name)
-        responses = function(request, _call_of(context))
+    async def requests(stream: Stream) -> AsyncIterator[Any]:
+        while (message := await stream.receive()) is not None:
+            yield decode(message)
+
+    def request(stream: Stream) -> Any:
+        if method.client_streaming:
+            return requests(stream)
+        if not stream.messages:
+            raise Internal(f"{where}: there is no request")
+        return decode(stream.messages.popleft())
+
+    async def answered(stream: Stream, work: Callable[[Stream], Awaitable[None]]) -> None:
+        token = observer.started(kind, service, name)
+        try:
+            await work(stream)
+        except (asyncio.CancelledError, GeneratorExit):
+            observer.handled(token, kind, service, name, "Canceled")
+            raise
+        except BaseException as error:  # noqa: BLE001 - reported to the peer
+            known = as_error(error, where)
+            observer.handled(token, kind, service, name, code_name(known.code))
+            stream.fail(known.code, str(known))
+        else:
+            observer.handled(token, kind, service, name, "OK")
+            stream.finish()
+
+    async def one(stream: Stream) -> None:
+        response = await function(request(stream), _call_of(stream))
+        stream.send(response.SerializeToString())
+
+    async def several(stream: Stream) -> None:
+        responses = function(request(stream), _call_of(stream))
         try:
             async for response in responses:
-                yield response
-        except BaseException as error:  # noqa: BLE001 - reported to the peer
-            await failed(error, context, token)
-            return
+                stream.send(response.SerializeToString())
+                if stream.is_behind:
+                    await stream.sent()
         finally:
             # What a generator of a service holds (a subscription, a lock) ends with the call and not with the garbage collector.
             if hasattr(responses, "aclose"):
                 await responses.aclose()
-        observer.handled(token, kind, service, method.name, "OK")
 
-    return make(
-        stream if method.server_streaming else single,
-        request_deserializer=method.request.FromString, response_serializer=method.response.SerializeToString,
-    )
-
-
-class _Unknown(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """Answers what no service takes, in the words of Go's server, which clients look for."""
-
-    def __init__(self, services: set[str]) -> None:
-        self._services = services
-
-    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any]:
-        service, _, method = details.method.lstrip("/").partition("/")
-        text = f"unknown method {method} for service {service}" if service in self._services else f"unknown service {service}"
-
-        async def answer(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-            await context.abort(grpc.StatusCode.UNIMPLEMENTED, text)
-
-        return grpc.stream_stream_rpc_method_handler(answer)
+    work = several if method.server_streaming else one
+    return grpc.Method(lambda stream: answered(stream, work), at_end=not method.client_streaming)
 
 
 class Health:
@@ -182,32 +171,38 @@ class Server:
     """A gRPC server of a bundle of services on Unix sockets."""
 
     def __init__(self, containerd: Containerd, observer: Observer | None = None) -> None:
-        options = [
-            ("grpc.max_receive_message_length", MESSAGE_MAX), ("grpc.max_send_message_length", MESSAGE_MAX),
-            # One server a socket: a second one must fail, not share it.
-            ("grpc.so_reuseport", 0),
-            # Go's clients ping while calls are idle; by default the C server would end their connections for it.
-            ("grpc.http2.min_ping_interval_without_data_ms", 10_000), ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.max_ping_strikes", 0),
-        ]
-        self._server = grpc.aio.server(options=options)
-        present = {descriptor_of(attribute).full_name for attribute in containerd.present()} | {"grpc.health.v1.Health"}
-        self.health = Health(present)
+        self._methods: dict[str, grpc.Method] = {}
+        self._services = {descriptor_of(attribute).full_name for attribute in containerd.present()} | {"grpc.health.v1.Health"}
+        self._connections: set[grpc.Connection] = set()
+        self._listeners: list[socket.socket] = []
+        self._servers: list[asyncio.Server] = []
+        self.health = Health(self._services)
         for attribute in containerd.present():
             if attribute not in TTRPC_ONLY:
                 self._add(attribute, getattr(containerd, attribute), observer or _Silent())
         if isinstance(containerd.health, Missing):
             self._add("health", self.health, observer or _Silent())
-        self._server.add_generic_rpc_handlers((_Unknown(present),))
 
     def _add(self, attribute: str, service: object, observer: Observer) -> None:
         descriptor = descriptor_of(attribute)
-        handlers = {}
         for method in methods_of(descriptor):
             function = getattr(service, method.name, None)
             if function is not None:
-                handlers[method.name] = _handler(function, descriptor.full_name, method, observer)
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(descriptor.full_name, handlers),))
+                path = f"/{descriptor.full_name}/{method.name}"
+                self._methods[path] = _method(function, descriptor.full_name, method, observer)
+
+    def _find(self, path: str) -> grpc.Method:
+        return self._methods.get(path) or self._unknown(path)
+
+    def _unknown(self, path: str) -> grpc.Method:
+        """Answers what no service takes, in the words of Go's server, which clients look for."""
+        service, _, method = path.lstrip("/").rpartition("/")
+        text = f"unknown method {method} for service {service}" if service in self._services else f"unknown service {service}"
+
+        async def answer(stream: Stream) -> None:
+            stream.fail(grpc.UNIMPLEMENTED, text)
+
+        return grpc.Method(answer, at_end=False)
 
     def listen(self, path: str, mode: int = 0o660, uid: int = -1, gid: int = -1) -> None:
         """Bind the Unix socket `path` in place of what is there; call before `start`. Raises OSError.
@@ -218,22 +213,41 @@ class Server:
             os.unlink(path)
         except FileNotFoundError:
             pass
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o777 & ~mode)
         try:
-            self._server.add_insecure_port(f"unix:{path}")
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {path}: {error}") from None
+            listener.bind(path)
+        except OSError as error:
+            listener.close()
+            raise OSError(error.errno, error.strerror, path) from None
         finally:
             os.umask(before)
+        self.take(listener)
         os.chmod(path, mode)
         if uid >= 0 or gid >= 0:
             os.chown(path, uid, gid)
 
+    def take(self, listener: socket.socket) -> None:
+        """Answer at a socket that is bound; call before `start`."""
+        listener.listen(_BACKLOG)
+        self._listeners.append(listener)
+
     async def start(self) -> None:
         """Begin to answer."""
-        await self._server.start()
+        loop = asyncio.get_running_loop()
+        for listener in self._listeners:
+            self._servers.append(await loop.create_unix_server(
+                lambda: grpc.Connection(self._find, self._connections), sock=listener, backlog=_BACKLOG))
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Take no new calls, give those that run `grace_s` seconds, then end them."""
         self.health.stop()
-        await self._server.stop(grace_s)
+        for server in self._servers:
+            server.close()
+        end = asyncio.get_running_loop().time() + grace_s
+        for connection in list(self._connections):
+            connection.leave()
+        while any(connection.streams for connection in self._connections) and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(_LOOK_S)
+        for connection in list(self._connections):
+            await connection.abort()
