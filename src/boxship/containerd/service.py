@@ -20,6 +20,7 @@ from boxship.api.containerd.services import Containerd
 from boxship.containerd.diff import Diff
 from boxship.containerd.events import Events, Exchange, TtrpcEvents
 from boxship.containerd.introspection import Introspection, plugin
+from boxship.containerd.metadata.gc import configured
 from boxship.containerd.metadata.store import Metadata
 from boxship.containerd.sandboxes import Controller
 from boxship.containerd.snapshots.probe import open_drivers
@@ -125,7 +126,15 @@ async def open(  # noqa: A001 - as one opens a store
         exchange.close()
         shims.leave()
 
+    def reload(tables: Mapping[str, Any]) -> None:
+        moving = configure(tables.get("images", {}), tables.get("registry", {}), _warned)
+        schedule = configured(tables.get("gc", {}))
+        # From here on nothing fails. What is under way goes on as it began.
+        images.config = moving
+        metadata.scheduler.change(schedule)
+
     services.on_close(close)
+    services.reload = reload
     services.leave = leave
     services.running = lambda: len(shims.all(""))
     return services

@@ -96,6 +96,10 @@ class Served:
         """How many clients are connected."""
         return len(self._runner.server.connections) if self._runner.server else 0
 
+    def reload(self, config: Config) -> None:
+        """Take the registries of the configuration. Raises InvalidArgument."""
+        self._runner.app[engine.ENGINE].reload(configure(config.table("images"), config.table("registry"), _warned).registries)
+
     async def close(self) -> None:
         """End it; the socket goes when it is not systemd's."""
         if self._remote is not None:

@@ -72,6 +72,8 @@ class Daemon:
         self._end = asyncio.Event()
         self._calls = metrics.Calls()
         self._undo: list[Callable[[], Any]] = []
+        self._reloaded: list[Callable[[Config], None]] = []
+        """Parts that take another configuration while they run."""
         self._last_use = time.monotonic()
         self._running: Callable[[], int] = lambda: 0
         self._clients: Callable[[], int] = lambda: 0
@@ -112,6 +114,7 @@ class Daemon:
         observer = self._observer()
         containerd = await self._services()
         self._undo.append(containerd.close)
+        self._reloaded.append(lambda config: containerd.reload(config.parts))
         self._running = containerd.running
         if config.containerd.enabled and not config.containerd.remote:
             await self._serve_ttrpc(containerd, inherited.pop(config.containerd_socket + ".ttrpc", None))
@@ -196,6 +199,7 @@ class Daemon:
             return
         served = await docker.serve(containerd, self.config, listener)
         self._clients = served.connections
+        self._reloaded.append(served.reload)
         self._undo.append(served.close)
 
     # --- while it runs
@@ -204,6 +208,8 @@ class Daemon:
         systemd.notify(systemd.reloading())
         try:
             config = self._reread()
+            for part in self._reloaded:
+                part(config)
         except (BoxshipError, OSError) as error:
             log.error("the configuration was not read again: %s", error)
         else:

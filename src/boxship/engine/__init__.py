@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from boxship.engine.app import app, runner
+from boxship.engine.app import ENGINE, app, runner
 from boxship.engine.core import Settings
 
-__all__ = ["Settings", "app", "runner"]
+__all__ = ["ENGINE", "Settings", "app", "runner"]

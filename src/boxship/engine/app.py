@@ -60,7 +60,7 @@ class Engine:
                 namespaces.CreateNamespaceRequest(namespace=namespaces.Namespace(name=settings.namespace)), call)
         except AlreadyExists:
             pass
-        mover = Images(self._containerd, Config(registries=self._registries, snapshotter=settings.snapshotter))
+        mover = self._mover = Images(self._containerd, Config(registries=self._registries, snapshotter=settings.snapshotter))
         snapshotter = await mover.snapshotter(call)
         self.core = Core(self._containerd, self._root, self._state, settings, mover, snapshotter)
         self.accounts = Accounts(self.core)
@@ -70,6 +70,10 @@ class Engine:
         self.life.checker.run = self.execs.run
         self.transfers = Transfers(self.core)
         await self.life.open()
+
+    def reload(self, registries: Configuration) -> None:
+        """Go by these registries from now on; what is under way goes on as it began."""
+        self._mover.config = Config(registries=registries, snapshotter=self._settings.snapshotter)
 
     async def close(self) -> None:
         """End; containers run on."""
@@ -138,6 +142,10 @@ class Engine:
         return deleted, space
 
 
+ENGINE = web.AppKey("engine", Engine)
+"""Where the application has its engine."""
+
+
 def app(
     containerd: Containerd, root: str, state: str, *, settings: Settings | None = None, registries: Configuration | None = None,
 ) -> web.Application:
@@ -147,6 +155,7 @@ def app(
     for part in (system.routes, networks.routes, containers.routes, files.routes, images.routes):
         routes.extend(part)
     made = web.Application(client_max_size=http.BODY_MAX)
+    made[ENGINE] = engine
     made.router.add_route("*", "/{tail:.*}", http.dispatcher(engine, routes))
 
     async def lifetime(_: web.Application) -> AsyncIterator[None]:

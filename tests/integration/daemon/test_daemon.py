@@ -1,7 +1,9 @@
 """The daemon as a process: its lock, its sockets, its end, and what it tells those around it."""
 
+import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -13,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from support import image
 from support.daemon import ENTRY, daemon
+from support.registry import Registry
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 
@@ -85,6 +89,38 @@ def test_the_log_can_be_json_and_a_reload_is_told(d):
     assert json.loads(objects.splitlines()[-1])["msg"] == "ready"
     assert 'msg="configuration read again"' in rest
     assert "unknown key nonsense" in rest
+
+
+@pytest.mark.skipif(not shutil.which("docker"), reason="docker is missing: apt-get install docker.io")
+def test_a_reload_changes_registries_and_the_schedule_of_collections(d):
+    def reloaded(config, word):
+        (d.folder / "config.toml").write_text(config)
+        before = d.log.read_text().count(word)
+        d.process.send_signal(signal.SIGHUP)
+        end = time.monotonic() + 20
+        while d.log.read_text().count(word) == before:
+            assert time.monotonic() < end, d.log.read_text()
+            time.sleep(0.02)
+
+    def pull():
+        return subprocess.run(["docker", "--host", f"unix://{d.state}/docker.sock", "pull", "--quiet", "mirrored.test/image:1"],
+                              capture_output=True, text=True, timeout=60)
+
+    async def work():
+        async with Registry() as registry:
+            registry.add_image("image", "1", layers=[image.layer()])
+            await asyncio.to_thread(d.start, config='[gc]\nmutation_threshold = 0\nstartup_delay = "60m"\n[log]\nlevel = "debug"\n')
+            assert (await asyncio.to_thread(pull)).returncode != 0
+            mirror = f'[registry.mirrors]\n"mirrored.test" = ["http://{registry.address}"]\n'
+            for wrong in ('[gc]\nschedule_delay = "soon"\n', "[images]\ndownloads = 0\n"):
+                await asyncio.to_thread(reloaded, mirror + wrong, "was not read again")
+            assert (await asyncio.to_thread(pull)).returncode != 0, "a part of a wrong configuration was taken"
+            await asyncio.to_thread(reloaded, mirror + '[log]\nlevel = "debug"\n', "configuration read again")
+            done = await asyncio.to_thread(pull)
+            assert done.returncode == 0, done.stderr
+
+    asyncio.run(work())
+    assert d.stop() == 0
 
 
 def test_sockets_of_systemd_are_used(d):

@@ -8,7 +8,7 @@ an asynchronous iterator; one whose request is a stream takes an asynchronous it
 from __future__ import annotations
 
 import importlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
 
 from google.protobuf import descriptor, message_factory
@@ -112,6 +112,8 @@ class Containerd:
         self._close = close
         self.leave: Callable[[], None] = lambda: None
         """Ends calls that would wait for ever, before the others get their time to end."""
+        self.reload: Callable[[Mapping[str, Any]], None] = lambda tables: None
+        """Takes the parts' tables of the configuration as they are now; raises InvalidArgument, and then nothing is changed."""
         self.running: Callable[[], int] = lambda: 0
         """How many tasks live in this process's care; 0 for what is elsewhere."""
 

@@ -247,6 +247,11 @@ class Scheduler:
         self._spent_s = 0.0
         self._count = 0
 
+    def change(self, schedule: Schedule) -> None:
+        """Go by another schedule from now on."""
+        self._schedule = schedule
+        self._changed.set()
+
     def start(self) -> None:
         """Begin; the first collection comes by itself. An event loop must run."""
         loop = asyncio.get_running_loop()
