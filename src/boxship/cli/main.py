@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 VERBS = {
     "attach": ("start", "Attach local standard input, output, and error streams to a running container"),
+    "build": ("build", "Build an image from a Dockerfile"),
     "commit": ("files", "Create a new image from a container's changes"),
     "cp": ("files", "Copy files and folders between a container and the local file system"),
     "create": ("start", "Create a new container"),
@@ -81,6 +82,7 @@ _OF_CONTAINER = (
     "wait",
 )
 GROUPS = {
+    "builder": ("Manage builds", {"build": "build", "prune": "builder prune"}),
     "container": (
         "Manage containers",
         {
@@ -96,7 +98,7 @@ GROUPS = {
     "image": (
         "Manage images",
         {
-            **{name: name for name in ("history", "import", "load", "pull", "push", "save", "tag")},
+            **{name: name for name in ("build", "history", "import", "load", "pull", "push", "save", "tag")},
             "ls": "images",
             "list": "images",
             "rm": "rmi",
@@ -111,6 +113,7 @@ GROUPS = {
 """Group → (what it is, its words → the subcommand that they stand for)."""
 
 MORE = {
+    "builder prune": ("build", "Remove build cache"),
     "container inspect": ("inspect", "Display detailed information on one or more containers"),
     "container prune": ("prune", "Remove all stopped containers"),
     "image inspect": ("inspect", "Display detailed information on one or more images"),

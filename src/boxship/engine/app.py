@@ -17,13 +17,14 @@ from aiohttp import web
 from boxship.api.containerd.pb import namespaces, tasks
 from boxship.api.containerd.services import Containerd
 from boxship.engine import http, networking, times
+from boxship.engine.builds import Builds
 from boxship.engine.container import Container
 from boxship.engine.core import Core, Settings
 from boxship.engine.events import Filters, labelled, truth
 from boxship.engine.execs import Execs
 from boxship.engine.images import DANGLING, shown_names
 from boxship.engine.lifecycle import Lifecycle
-from boxship.engine.routes import containers, files, images, networks, system
+from boxship.engine.routes import builds, containers, files, images, networks, system
 from boxship.engine.startup import Accounts, write_files
 from boxship.engine.transfers import Transfers
 from boxship.images.hosts import Configuration
@@ -40,6 +41,7 @@ class Engine:
     life: Lifecycle
     execs: Execs
     transfers: Transfers
+    builds: Builds
 
     def __init__(self, containerd: Containerd, root: str, state: str, settings: Settings, registries: Configuration) -> None:
         self._containerd = containerd
@@ -69,6 +71,7 @@ class Engine:
         self.life.exec_exited = self.execs.exited
         self.life.checker.run = self.execs.run
         self.transfers = Transfers(self.core)
+        self.builds = Builds(self.core, self.transfers)
         await self.life.open()
 
     def reload(self, registries: Configuration) -> None:
@@ -152,7 +155,7 @@ def app(
     """The application; it is opened at the server's start and closed at its end."""
     engine = Engine(containerd, root, state, settings or Settings(), registries or Configuration())
     routes = http.Routes()
-    for part in (system.routes, networks.routes, containers.routes, files.routes, images.routes):
+    for part in (system.routes, networks.routes, containers.routes, files.routes, images.routes, builds.routes):
         routes.extend(part)
     made = web.Application(client_max_size=http.BODY_MAX)
     made[ENGINE] = engine

@@ -122,7 +122,7 @@ def registry_auth(call: Call, registry: str) -> dict[str, str]:
     return {"X-Registry-Auth": encoded(found)} if found else {}
 
 
-def encoded(auth: dict[str, str]) -> str:
+def encoded(auth: Mapping[str, object]) -> str:
     """URL-safe base64 of the JSON."""
     import binascii
 

@@ -431,7 +431,8 @@ def _device(text: str) -> dict[str, str]:
     return {"PathOnHost": parts[0], "PathInContainer": parts[-1], "CgroupPermissions": permissions}
 
 
-def _ulimit(text: str) -> dict[str, Any]:
+def ulimit(text: str) -> dict[str, Any]:
+    """`--ulimit` as the engine takes it. Raises UsageError."""
     name, equals, value = text.partition("=")
     soft, _, hard = value.partition(":")
     if not equals:
@@ -560,7 +561,7 @@ def _host(call: Call, binds: list[str], bindings: dict[str, Any]) -> dict[str, A
         found["OomKillDisable"] = True
     if "init" in call.parsed.given:
         found["Init"] = call.on("init")
-    limits = {limit["Name"]: limit for limit in map(_ulimit, call.all("ulimit"))}
+    limits = {limit["Name"]: limit for limit in map(ulimit, call.all("ulimit"))}
     found["Ulimits"] = [limits[name] for name in sorted(limits)]
     if call.all("mount"):
         found["Mounts"] = [mount(word) for word in call.all("mount")]

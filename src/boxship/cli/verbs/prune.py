@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+from boxship.cli import values
 from boxship.cli.command import Command, Exit
 from boxship.cli.http.client import ApiError, path
 from boxship.cli.show import units
@@ -95,6 +96,18 @@ def system_prune(call: Call) -> int:
     space += _images(call, everything=call.on("all"))
     space += _others(call, "build", "CachesDeleted", "Deleted build cache objects:")
     write(f"Total reclaimed space: {units.size(space)}\n")
+    return 0
+
+
+def build_prune(call: Call) -> int:
+    """`boxship builder prune`."""
+    _confirm(call, "WARNING! This will remove all build cache.\n\nAre you sure you want to continue?", "builder")
+    keep = values.size(call.text("keep-storage")) if call.text("keep-storage") else None
+    query = {"filters": call.filters(), "all": "1" if call.on("all") else None, "keep-storage": keep}
+    found = call.engine.send("POST", path("/build/prune", query)).json() or {}
+    if found.get("CachesDeleted"):
+        write("Deleted build cache objects:\n" + "".join(f"{name}\n" for name in found["CachesDeleted"]) + "\n")
+    write(f"Total reclaimed space: {units.size(int(found.get('SpaceReclaimed') or 0))}\n")
     return 0
 
 

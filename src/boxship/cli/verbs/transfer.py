@@ -93,24 +93,24 @@ def _pull(call: Call) -> int:
     return 0
 
 
-def _push(call: Call) -> int:
+def push(call: Call, name: str, *, all_tags: bool = False) -> int:
+    """Have the engine send an image to its registry. Raises ApiError, BoxshipError."""
     from boxship.cli.show.progress import show
     from boxship.cli.show.table import write
     from boxship.cli.verbs.account import registry_auth
     from boxship.cli.verbs.images import split
 
-    name = call.words[0]
     check_reference(name)
     repository, tag = split(name)
-    if call.on("all-tags") and tag:
+    if all_tags and tag:
         raise BoxshipError("tag can't be used with --all-tags/-a")
-    if not call.on("all-tags") and not tag:
+    if not all_tags and not tag:
         tag = "latest"
         if not call.on("quiet"):
             write("Using default tag: latest\n")
     registry, rest = domain(repository)
     headers = registry_auth(call, registry) or {"X-Registry-Auth": "e30="}
-    query = {"tag": None if call.on("all-tags") else tag, "platform": call.text("platform") or None}
+    query = {"tag": None if all_tags else tag, "platform": call.text("platform") or None}
     response = call.engine.send("POST", path(f"/images/{quote(repository)}/push", query), headers=headers)
     show(response.lines(), fd=-1 if call.on("quiet") else 1, environ=call.environ)
     if call.on("quiet"):
@@ -134,7 +134,7 @@ q,quiet | Suppress verbose output
     "push": Command(
         " [OPTIONS] NAME[:TAG]",
         "Upload an image to a registry",
-        _push,
+        lambda call: push(call, call.words[0], all_tags=call.on("all-tags")),
         """
 a,all-tags | Push all tags of an image to the repository
 platform string | Push only this platform's image

@@ -178,15 +178,3 @@ async def commit(engine: Any, request: web.Request) -> web.StreamResponse:
 @routes.get("/distribution/{name}/json")
 async def distribution(engine: Any, request: web.Request, name: str) -> web.StreamResponse:
     return answer(await engine.transfers.distribution(name, request.headers.get("X-Registry-Auth", "")))
-
-
-@routes.post("/build")
-async def build(engine: Any, request: web.Request) -> web.StreamResponse:
-    raise Unsupported("building images is not there yet")
-
-
-@routes.post("/build/prune")
-async def prune_builds(engine: Any, request: web.Request) -> web.StreamResponse:
-    return answer({"CachesDeleted": None, "SpaceReclaimed": 0})
-
-

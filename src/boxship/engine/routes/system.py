@@ -181,7 +181,7 @@ async def usage(engine: Any, request: web.Request) -> web.StreamResponse:
     if "volume" in asked:
         found["Volumes"] = await _volume_rows(engine, with_usage=True)
     if "build-cache" in asked:
-        found["BuildCache"] = []
+        found["BuildCache"] = await engine.builds.usage()
     return answer(found)
 
 

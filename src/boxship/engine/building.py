@@ -1,0 +1,208 @@
+"""The engine's part in building: it runs the containers of RUN steps.
+
+Runs in: the daemon, on its event loop.
+Spec: what dockerd gives a container that is made without options, and what the parameters of `POST /build` change of it.
+
+A step's container is no container of the engine: it is in no list, has no log and no name. It has the engine's label at
+containerd's, so that what a killed daemon leaves of it is taken away at the next start, with everything in its directory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import stat
+from functools import partial
+from typing import Any, NamedTuple
+
+from boxship.api.containerd.pb import containers, runc_options, tasks
+from boxship.build.layers import drop_untouched, in_thread, remove_stubs, upper_directory
+from boxship.build.running import Output, Work
+from boxship.build.tree import RootTree, normal, resolve
+from boxship.engine import shapes, spec
+from boxship.engine.core import LABEL, RUNC_V2, Core, packed
+from boxship.engine.create import SPEC_URL
+from boxship.engine.stdio import Streams
+from boxship.kit.errors import BoxshipError, DeadlineExceeded, InvalidArgument, NotFound, from_os_error
+from boxship.linux.roots import Root
+from boxship.oci import users
+from boxship.oci.text import dumps
+
+_DRAIN_S = 2.0
+_HOSTS = (
+    "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::\tip6-localnet\nff00::\tip6-mcastprefix\n"
+    "ff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n"
+)
+
+
+class _Before(NamedTuple):
+    """What the root is like before a runtime makes places to mount on."""
+
+    stubs: list[str]
+    """Paths that are not there, with the directories above them."""
+    folders: dict[str, tuple[int, int, int, int]]
+    """The directories that they are made in: (mode, uid, gid, mtime)."""
+
+
+class StepRunner:
+    """Runs steps' containers (boxship.build.running.Runner)."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    async def run(self, work: Work, mounts: list[Any], output: Output) -> int:
+        """See Runner."""
+        core = self._core
+        directory = f"{core.stdio}/{work.key}"
+        streams = Streams(directory)
+        streams.write_log = output
+        upper = upper_directory(mounts)
+        before: _Before | None = None
+        try:
+            streams.create()
+            config, inputs, before = await in_thread(lambda: self._specification(work, mounts, directory))
+            await self._create(work, spec.build(config[0], config[1], list(work.args), inputs))
+            try:
+                streams.open()
+                return await self._task(work, mounts, streams)
+            finally:
+                await asyncio.shield(self._delete(work.key))
+        finally:
+            streams.close()
+            shutil.rmtree(directory, ignore_errors=True)
+            if upper and before is not None:
+                await in_thread(partial(_clean, upper, before))
+
+    def _specification(self, work: Work, mounts: list[Any], directory: str) -> tuple[Any, spec.Inputs, _Before]:
+        core = self._core
+        limits = work.limits
+        config = shapes.shape({"Env": list(work.env), "WorkingDir": work.cwd}, shapes.CONTAINER_CONFIG, "Config")
+        host = shapes.shape({
+            "Privileged": work.insecure, "Memory": limits.memory, "MemorySwap": limits.memory_swap,
+            "CpuShares": limits.cpu_shares, "CpuQuota": limits.cpu_quota, "CpuPeriod": limits.cpu_period,
+            "CpusetCpus": limits.cpuset_cpus, "CpusetMems": limits.cpuset_mems, "ShmSize": limits.shm_size,
+            "PidsLimit": limits.pids or None, "Ulimits": list(limits.ulimits),
+        }, shapes.HOST_CONFIG, "HostConfig")
+        namespaces: dict[str, str | None] = {"mount": "", "network": "", "uts": "", "pid": "", "ipc": ""}
+        if os.path.exists("/sys/fs/cgroup/cgroup.controllers"):
+            namespaces["cgroup"] = ""
+        if work.network == "host":
+            namespaces["network"] = None
+        hostname = "buildkitsandbox"
+        etc = _etc(directory, hostname, work)
+        with Root(mounts, read_only=True) as root:
+            user = users.find(work.user, root.read)
+            inputs = spec.Inputs(
+                uid=user.uid, gid=user.gid, groups=user.groups, home=user.home, mounts=[*etc, *work.mounts],
+                namespaces=namespaces, hostname=hostname,
+                cgroups_path=f"{limits.cgroup_parent or core.settings.cgroup_parent}/{work.key}", shm_path="", init="")
+            wanted = spec.build(config, host, list(work.args), inputs)
+            before = _look(root, [each["destination"] for each in wanted["mounts"]])
+        return (config, host), inputs, before
+
+    async def _create(self, work: Work, document: dict[str, Any]) -> None:
+        core = self._core
+        runtime, binary = core.runtime("")
+        made = containers.Container(
+            id=work.key, snapshotter=core.snapshots.snapshotter, snapshot_key=work.key, labels={LABEL: core.store.id},
+            spec=packed(SPEC_URL, dumps(document).encode()))
+        made.runtime.name = runtime
+        if runtime == RUNC_V2:
+            options = runc_options.Options(binary_name=binary)
+            made.runtime.options.CopyFrom(packed("containerd.runc.v1.Options", options.SerializeToString()))
+        await core.containerd.containers.Create(containers.CreateContainerRequest(container=made), core.call)
+
+    async def _task(self, work: Work, mounts: list[Any], streams: Streams) -> int:
+        service, call = self._core.containerd.tasks, self._core.call
+        await service.Create(tasks.CreateTaskRequest(
+            container_id=work.key, rootfs=mounts, stdout=streams.stdout, stderr=streams.stderr), call)
+        try:
+            await service.Start(tasks.StartRequest(container_id=work.key), call)
+            limit = work.limits.seconds or None
+            try:
+                ended = await asyncio.wait_for(service.Wait(tasks.WaitRequest(container_id=work.key), call), limit)
+            except TimeoutError:
+                raise DeadlineExceeded(f"the step took longer than {limit:g} seconds") from None
+            await streams.drain(_DRAIN_S)
+            return int(ended.exit_status)
+        finally:
+            await asyncio.shield(self._end(work.key))
+
+    async def _end(self, key: str) -> None:
+        service, call = self._core.containerd.tasks, self._core.call
+        try:
+            await service.Delete(tasks.DeleteTaskRequest(container_id=key), call)
+        except BoxshipError:
+            try:
+                await service.Kill(tasks.KillRequest(container_id=key, signal=9, all=True), call)
+                await asyncio.wait_for(service.Wait(tasks.WaitRequest(container_id=key), call), 10)
+                await service.Delete(tasks.DeleteTaskRequest(container_id=key), call)
+            except (BoxshipError, TimeoutError):
+                return  # there is none, or the next start of the engine ends it
+
+    async def _delete(self, key: str) -> None:
+        try:
+            await self._core.containerd.containers.Delete(containers.DeleteContainerRequest(id=key), self._core.call)
+        except NotFound:
+            pass
+
+
+def _etc(directory: str, hostname: str, work: Work) -> list[dict[str, Any]]:
+    """hosts and resolv.conf in the step's directory, and their mounts."""
+    hosts = _read("/etc/hosts") if work.network == "host" else f"{_HOSTS}127.0.1.1\t{hostname}\n"
+    for entry in work.hosts:
+        name, separator, address = entry.partition("=" if "=" in entry else ":")
+        if not separator or not name or not address:
+            raise InvalidArgument(f'bad format for add-host: "{entry}"')
+        hosts += f"{address.strip('[]')}\t{name}\n"
+    made = []
+    for name, text in (("hosts", hosts), ("resolv.conf", _read("/etc/resolv.conf"))):
+        path = f"{directory}/{name}"
+        try:
+            with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+                file.write(text)
+            os.chmod(path, 0o644)
+        except OSError as error:
+            raise from_os_error(error, "writing") from None
+        made.append({"destination": f"/etc/{name}", "type": "bind", "source": path, "options": ["rbind", "rprivate"]})
+    return made
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read(1 << 20)
+    except OSError:
+        return ""
+
+
+def _look(root: Root, destinations: list[str]) -> _Before:
+    """Which of the places to mount on are missing."""
+    tree = RootTree(root)
+    stubs: list[str] = []
+    folders: dict[str, tuple[int, int, int, int]] = {}
+    below: list[str] = []
+    for destination in sorted(map(normal, destinations)):
+        if any(destination.startswith(f"{each}/") for each in below):
+            continue  # in what is mounted there, not in the root
+        below.append(destination)
+        path = resolve(tree, destination)
+        missing = tree.node(path) is None
+        while path:
+            above = path.rpartition("/")[0]
+            node = tree.node(path)
+            if node is None:
+                if path not in stubs:
+                    stubs.append(path)
+            elif missing and path not in folders and node.is_dir:
+                folders[path] = (node.mode | stat.S_IFDIR, node.uid, node.gid, node.mtime)
+            path = above
+    return _Before(stubs, folders)
+
+
+def _clean(upper: str, before: _Before) -> None:
+    """Undo what was made to mount on."""
+    remove_stubs(upper, before.stubs)
+    for path in sorted(before.folders, key=lambda each: -each.count("/")):
+        drop_untouched(upper, path, before.folders[path])
