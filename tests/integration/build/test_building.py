@@ -253,7 +253,7 @@ def test_a_secret_is_seen_by_its_step_alone(builder: Builder) -> None:
     (builder.folder / "secret").write_text(value + "\n")
     dockerfile = f"""
 FROM {NAME}
-RUN --mount=type=secret,id=tok,mode=0444 tr a-z A-Z < /run/secrets/tok > /upper && test ! -w /run/secrets/tok
+RUN --mount=type=secret,id=tok,mode=0444 tr a-z A-Z < /run/secrets/tok > /upper && ! sh -c 'echo > /run/secrets/tok'
 RUN --mount=type=secret,id=tok,env=TOK echo "$TOK" | tr a-z A-Z
 RUN test -z "$TOK" && test ! -e /run/secrets
 """
@@ -274,8 +274,6 @@ def test_errors_point_into_the_dockerfile(builder: Builder) -> None:
     assert "line 2" in said and "RUN" in said
     said = builder.build(f"FROM {NAME}\nCOPY nothing-like-that /x\n", code=1)
     assert "nothing-like-that" in said and "> 2 | COPY" in said
-    said = builder.build("FROM 127.0.0.1:9/none:1\n", code=1)
-    assert "127.0.0.1:9/none" in said
 
 
 def test_limits_of_a_step(builder: Builder) -> None:
