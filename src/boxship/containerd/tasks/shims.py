@@ -37,6 +37,7 @@ from boxship.kit.files import write_atomic
 log = logging.getLogger("boxship.shim")
 
 LOAD_TIMEOUT_S = 5.0
+ABANDON_TIMEOUT_S = 60.0
 SHUTDOWN_TIMEOUT_S = 3.0
 CLOSE_GRACE_S = 5.0
 LOG_LINE_MAX = 8192
@@ -211,7 +212,13 @@ class Shims:
         shim.abandoned = True
         if not shim.lost():
             try:
-                await shim.call("Delete", pb.task.DeleteRequest(id=shim.bundle.id), LOAD_TIMEOUT_S)
+                # It may be in the middle of a create, which it brings to its end first.
+                await shim.call("Delete", pb.task.DeleteRequest(id=shim.bundle.id), ABANDON_TIMEOUT_S)
+            except DeadlineExceeded as error:
+                # Without its bundle nobody would find it again: the next daemon tries once more.
+                log.error("the shim of %s does not let go: %s", shim.bundle.id, error, extra={"namespace": shim.bundle.namespace})
+                shim.disconnect()
+                return
             except BoxshipError as error:
                 log.debug("delete of a failed task: %s", error)
         if shim.lost():
@@ -221,6 +228,12 @@ class Shims:
         await self._shutdown(shim)
         shim.disconnect()
         shim.bundle.delete()
+
+    async def _abandon(self, shim: Shim) -> None:
+        try:
+            await self.abandon(shim)
+        finally:
+            self._ending.pop((shim.bundle.namespace, shim.bundle.id), None)
 
     # --- end
 
@@ -317,7 +330,7 @@ class Shims:
                     log.error("task %s: %s", name, error, extra={"namespace": namespace})
 
         await asyncio.gather(*(one(*each) for each in bundles.names(self._state)))
-        await asyncio.to_thread(bundles.clean_work, self._root, set(self._shims))
+        await asyncio.to_thread(bundles.clean_work, self._root, {*self._shims, *self._ending})
 
     async def _load_one(self, namespace: str, name: str) -> None:
         bundle = Bundle(self._state, namespace, name)
@@ -342,7 +355,7 @@ class Shims:
             return
         if not tasked:
             log.info("shim of %s has no task", name, extra={"namespace": namespace})
-            await self.abandon(shim)
+            self._ending[namespace, name] = self.spawn(self._abandon(shim), f"end of {name}")
             return
         self._shims[namespace, name] = shim
 
