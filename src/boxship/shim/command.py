@@ -211,7 +211,13 @@ class Start:
         group = _group(self.bundle) or self.id
         self.listener, self.path = _listen(folder or _socket_folder(), self._address, self.namespace, group)
         address = f"unix://{self.path}"
-        write_atomic(f"{self.bundle}/address", address.encode())
+        try:
+            write_atomic(f"{self.bundle}/address", address.encode())
+        except OSError:
+            # The bundle is gone: who asked was killed, and another has tidied up.
+            if self.listener is not None:
+                os.unlink(self.path)
+            raise
         failpoint.hit("shim.start.listens")
         self.reply = reply(address, params is not None, self._environ.get("MAX_SHIM_VERSION", ""))
 

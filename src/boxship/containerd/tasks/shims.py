@@ -199,12 +199,27 @@ class Shims:
             await shim.connect(lambda: self._lost(shim))
         except BaseException as error:
             shim.disconnect()
-            bundle.delete()
+            await self._undo_start(shim)
             if isinstance(error, BoxshipError):
                 raise type(error)(f"failed to start shim: {error}") from None
             raise
         self._shims[namespace, id] = shim
         return shim
+
+    async def _undo_start(self, shim: Shim) -> None:
+        """Remove the bundle of a shim that did not answer, and what there is of the shim itself after all."""
+        if not shim.sandboxed:
+            try:
+                if not shim.endpoint.address:
+                    shim.endpoint = self._launcher_for(shim.launch.runtime).unheard(shim.bundle) or shim.endpoint
+                if shim.endpoint.address:
+                    await shim.connect(None)
+                    await self._shutdown(shim)
+                    shim.disconnect()
+            except (BoxshipError, OSError) as error:
+                log.debug("the shim of %s: %s", shim.bundle.id, error)
+                _unlink_socket(shim)
+        shim.bundle.delete()
 
     async def abandon(self, shim: Shim) -> None:
         """Undo a `start` whose task could not be created: the shim goes when it has no other container, the bundle too."""
@@ -304,12 +319,8 @@ class Shims:
         if answer.exited_at.seconds <= 0:
             # Go's zero time is in the year 1.
             answer.exited_at.FromNanoseconds(time.time_ns())
-        socket = shim.endpoint.address.removeprefix("unix://")
-        if socket.startswith("/") and shim.lost():
-            try:
-                os.unlink(socket)
-            except FileNotFoundError:
-                pass
+        if shim.lost():
+            _unlink_socket(shim)
         try:
             await asyncio.to_thread(shim.bundle.delete)
         except OSError as error:
@@ -438,3 +449,13 @@ class Shims:
         self.closing = True
         for shim in self._shims.values():
             shim.disconnect()
+
+
+def _unlink_socket(shim: Shim) -> None:
+    """Of a dead one."""
+    path = shim.endpoint.address.removeprefix("unix://")
+    if path.startswith("/"):
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
