@@ -1,7 +1,7 @@
-/* boxship.network.proxy._relay: the byte streams of published ports.
+/* boxship.network.proxy._relay: the streams and datagrams of published ports.
  *
  *   start(workers)                           threads that never touch the interpreter
- *   listen(fd, host, port, protocol) -> id   what is accepted from fd (now ours) goes to host:port; protocol as for socket(2)
+ *   listen(fd, host, port, protocol, idle_s) -> id   what comes to fd (now ours) goes to host:port; protocol as for socket(2)
  *   withdraw(id)                             the port is free and its connections are closed when this returns
  *   connections(id) -> int                   how many there are
  *
@@ -9,6 +9,10 @@
  * keeps it. Short messages go through one buffer per worker. What fills that buffer is a bulk transfer and is spliced through a
  * pipe from then on, without a copy. A connection that says nothing costs two descriptors and one struct conn.
  * A side is read only while the other one takes data: back-pressure is the kernel's own.
+ *
+ * Datagrams: a listener belongs to one worker; each client has a socket of its own to the container, a `flow`, so that answers
+ * find back to it, from the address that it had asked (IP_PKTINFO, where the caller has switched that on). A flow ends after
+ * idle_s without a datagram, and the one that has been silent for longest makes place when there are FLOWS_MAX.
  *
  * Lock: `lock` protects `listeners` and their `left`; a worker's connections, pipes and lists are touched by that worker alone.
  */
@@ -19,20 +23,30 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
-enum { BUFFER = 64 << 10, PIPE = 512 << 10, TURN = 2 << 20, WORKERS_MAX = 16, EVENTS = 64, ACCEPTS = 16, PIPES_KEPT = 16, STACK = 64 << 10 };
+enum { BUFFER = 64 << 10, PIPE = 512 << 10, TURN = 2 << 20, WORKERS_MAX = 16, EVENTS = 64, ACCEPTS = 16, PIPES_KEPT = 16, STACK = 64 << 10,
+       FLOWS_MAX = 4096, BUCKETS = 1024, BATCH = 16, BATCHES = 4, DATAGRAM = 64 << 10, SWEEP_MS = 1000 };
+
+/* What an event is about, in the low bits of its pointer. */
+enum { SIDE, STREAM_LISTENER, DATAGRAM_LISTENER, FLOW };
+
+struct flow;
 
 struct listener {
 	struct listener *next;
@@ -43,6 +57,43 @@ struct listener {
 	atomic_int open;
 	bool leaving;
 	unsigned left;  /* bit per worker that has let go of it */
+	/* datagrams, the owning worker's alone */
+	struct worker *owner;
+	struct flow **buckets, *newest, *oldest;
+	int idle_s;
+};
+
+union address {
+	struct sockaddr any;
+	struct sockaddr_in v4;
+	struct sockaddr_in6 v6;
+};
+
+struct flow {
+	struct listener *listener;
+	struct flow *next;             /* in its bucket; once closed, among those to be freed */
+	struct flow *newer, *older;
+	int fd;
+	bool closed;
+	time_t used;
+	union address client;
+	socklen_t client_size;
+	size_t control_size;           /* 0 when the kernel is to choose where answers come from */
+	union {
+		struct cmsghdr header;
+		char bytes[CMSG_SPACE(sizeof(struct in6_pktinfo))];
+	} control;
+};
+
+struct datagrams {
+	struct mmsghdr messages[BATCH];
+	struct iovec parts[BATCH];
+	union address names[BATCH];
+	union {
+		struct cmsghdr header;
+		char bytes[CMSG_SPACE(sizeof(struct in6_pktinfo)) + CMSG_SPACE(sizeof(int))];
+	} controls[BATCH];
+	char data[BATCH][DATAGRAM];
 };
 
 struct conn;
@@ -75,6 +126,10 @@ struct worker {
 	struct conn *conns, *dead, *again;
 	int pipes[PIPES_KEPT][2];
 	int pipe_count;
+	unsigned flows;
+	struct flow *dead_flows;
+	time_t now;
+	struct datagrams *datagrams;   /* mapped with the first one: pages that no datagram needed cost nothing */
 	char buffer[BUFFER];
 };
 
@@ -349,6 +404,213 @@ static void on_listener(struct worker *w, struct listener *l)
 	}
 }
 
+static struct flow **bucket_of(struct listener *l, const union address *client)
+{
+	uint32_t hash = 2166136261u;
+	const unsigned char *bytes = (const unsigned char *)client;
+	size_t size = client->any.sa_family == AF_INET ? offsetof(struct sockaddr_in, sin_zero) : sizeof client->v6;
+	for (size_t i = 0; i < size; i++)
+		hash = (hash ^ bytes[i]) * 16777619u;
+	return &l->buckets[hash % BUCKETS];
+}
+
+static void unlink_age(struct flow *f)
+{
+	*(f->newer ? &f->newer->older : &f->listener->newest) = f->older;
+	*(f->older ? &f->older->newer : &f->listener->oldest) = f->newer;
+}
+
+static void touch(struct worker *w, struct flow *f, bool made)
+{
+	struct listener *l = f->listener;
+	f->used = w->now;
+	if (l->newest == f)
+		return;
+	if (!made)
+		unlink_age(f);
+	f->newer = NULL;
+	f->older = l->newest;
+	*(l->newest ? &l->newest->newer : &l->oldest) = f;
+	l->newest = f;
+}
+
+/* Freed at the end of the turn, as connections are. */
+static void close_flow(struct worker *w, struct flow *f)
+{
+	struct flow **place = bucket_of(f->listener, &f->client);
+	while (*place != f)
+		place = &(*place)->next;
+	*place = f->next;
+	unlink_age(f);
+	close(f->fd);
+	f->closed = true;
+	w->flows--;
+	atomic_fetch_sub(&f->listener->open, 1);
+	f->next = w->dead_flows;
+	w->dead_flows = f;
+}
+
+/* What arrived at one of our addresses, turned into what is to leave from it. */
+static void keep_source(struct flow *f, struct msghdr *from)
+{
+	struct cmsghdr *found = CMSG_FIRSTHDR(from), *kept = &f->control.header;
+	f->control_size = 0;
+	for (; found; found = CMSG_NXTHDR(from, found)) {
+		if (found->cmsg_level == IPPROTO_IP && found->cmsg_type == IP_PKTINFO) {
+			struct in_pktinfo info;
+			memcpy(&info, CMSG_DATA(found), sizeof info);
+			info.ipi_ifindex = 0;
+			info.ipi_addr.s_addr = 0;
+			*kept = *found;
+			memcpy(CMSG_DATA(kept), &info, sizeof info);
+			f->control_size = CMSG_SPACE(sizeof info);
+		} else if (found->cmsg_level == IPPROTO_IPV6 && found->cmsg_type == IPV6_PKTINFO) {
+			struct in6_pktinfo info;
+			memcpy(&info, CMSG_DATA(found), sizeof info);
+			if (IN6_IS_ADDR_MULTICAST(&info.ipi6_addr))
+				continue;
+			/* Link-local addresses mean something with their interface alone. */
+			if (!IN6_IS_ADDR_LINKLOCAL(&info.ipi6_addr))
+				info.ipi6_ifindex = 0;
+			*kept = *found;
+			memcpy(CMSG_DATA(kept), &info, sizeof info);
+			f->control_size = CMSG_SPACE(sizeof info);
+		}
+	}
+}
+
+static bool same_source(struct flow *f, struct flow *other)
+{
+	return f->control_size == other->control_size && !memcmp(&f->control, &other->control, f->control_size);
+}
+
+static struct flow *flow_of(struct worker *w, struct listener *l, struct msghdr *from)
+{
+	const union address *client = from->msg_name;
+	struct flow asked = {.control_size = 0}, *f, **bucket = bucket_of(l, client);
+	keep_source(&asked, from);
+	for (f = *bucket; f; f = f->next) {
+		if (f->client_size == from->msg_namelen && !memcmp(&f->client, client, f->client_size) && same_source(f, &asked)) {
+			touch(w, f, false);
+			return f;
+		}
+	}
+	if (atomic_load(&l->open) >= FLOWS_MAX)
+		close_flow(w, l->oldest);
+	int fd = socket(l->target.ss_family, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	f = fd < 0 ? NULL : calloc(1, sizeof *f);
+	if (!f)
+		goto refuse;
+	*f = asked;
+	f->listener = l;
+	f->fd = fd;
+	f->client_size = from->msg_namelen;
+	memcpy(&f->client, client, f->client_size);
+	struct epoll_event event = {.events = EPOLLIN, .data.ptr = (void *)((uintptr_t)f | FLOW)};
+	if (connect(fd, (struct sockaddr *)&l->target, l->target_size) < 0 || epoll_ctl(w->epoll, EPOLL_CTL_ADD, fd, &event) < 0)
+		goto refuse;
+	f->next = *bucket;
+	*bucket = f;
+	touch(w, f, true);
+	w->flows++;
+	atomic_fetch_add(&l->open, 1);
+	return f;
+refuse:
+	free(f);
+	if (fd >= 0)
+		close(fd);
+	return NULL;
+}
+
+/* Datagrams that cannot be sent are lost, as they may be anywhere. */
+static void send_all(int fd, struct mmsghdr *messages, int count)
+{
+	bool again = false;
+	while (count > 0) {
+		int sent = sendmmsg(fd, messages, (unsigned)count, MSG_DONTWAIT | MSG_NOSIGNAL);
+		if (sent < 0 && errno == EINTR)
+			continue;
+		if (sent < 0 && errno == ECONNREFUSED && !again) {
+			again = true;  /* said of one before; this one has not been sent */
+			continue;
+		}
+		again = false;
+		sent = sent < 1 ? 1 : sent;
+		messages += sent;
+		count -= sent;
+	}
+}
+
+static int receive(struct worker *w, int fd)
+{
+	struct datagrams *d = w->datagrams;
+	for (int i = 0; i < BATCH; i++) {
+		d->parts[i] = (struct iovec){d->data[i], DATAGRAM};
+		d->messages[i].msg_hdr = (struct msghdr){
+			.msg_name = &d->names[i], .msg_namelen = sizeof d->names[i], .msg_iov = &d->parts[i], .msg_iovlen = 1,
+			.msg_control = &d->controls[i], .msg_controllen = sizeof d->controls[i],
+		};
+	}
+	int count = recvmmsg(fd, d->messages, BATCH, MSG_DONTWAIT, NULL);
+	for (int i = 0; i < count; i++)
+		d->parts[i].iov_len = d->messages[i].msg_len;
+	return count;
+}
+
+static void on_datagrams(struct worker *w, struct listener *l)
+{
+	struct datagrams *d = w->datagrams;
+	for (int turn = 0, count = BATCH; turn < BATCHES && count == BATCH; turn++) {
+		count = receive(w, l->fd);
+		struct flow *before = NULL;
+		int first = 0;
+		for (int i = 0; i < count; i++) {
+			struct msghdr *message = &d->messages[i].msg_hdr;
+			struct flow *f = flow_of(w, l, message);
+			message->msg_name = message->msg_control = NULL;
+			message->msg_namelen = 0;
+			message->msg_controllen = 0;
+			/* Neighbours of one client go out together; of a flow that was just closed for another's sake, nothing does. */
+			if (f != before || !f) {
+				if (before && !before->closed)
+					send_all(before->fd, d->messages + first, i - first);
+				first = i;
+				before = f;
+			}
+		}
+		if (before)
+			send_all(before->fd, d->messages + first, count - first);
+	}
+}
+
+static void on_flow(struct worker *w, struct flow *f)
+{
+	struct datagrams *d = w->datagrams;
+	for (int turn = 0, count = BATCH; turn < BATCHES && count == BATCH && !f->closed; turn++) {
+		count = receive(w, f->fd);
+		for (int i = 0; i < count; i++) {
+			struct msghdr *message = &d->messages[i].msg_hdr;
+			message->msg_name = &f->client;
+			message->msg_namelen = f->client_size;
+			message->msg_control = f->control_size ? &f->control : NULL;
+			message->msg_controllen = f->control_size;
+		}
+		if (count > 0) {
+			touch(w, f, false);
+			send_all(f->listener->fd, d->messages, count);
+		}
+	}
+}
+
+static void sweep(struct worker *w)
+{
+	pthread_mutex_lock(&lock);
+	for (struct listener *l = listeners; l; l = l->next)
+		while (l->buckets && l->owner == w && l->oldest && w->now - l->oldest->used > l->idle_s)
+			close_flow(w, l->oldest);
+	pthread_mutex_unlock(&lock);
+}
+
 /* Let go of the listeners that are being withdrawn. */
 static void leave(struct worker *w)
 {
@@ -362,6 +624,8 @@ static void leave(struct worker *w)
 			if (c->listener == l)
 				close_conn(w, c, true);
 		}
+		while (l->buckets && l->owner == w && l->oldest)
+			close_flow(w, l->oldest);
 		l->left |= w->bit;
 	}
 	pthread_cond_broadcast(&let_go);
@@ -372,19 +636,32 @@ static void *work(void *argument)
 {
 	struct worker *w = argument;
 	struct epoll_event events[EVENTS];
+	time_t swept = 0;
 	for (;;) {
 		bool leaving = false;
-		int count = epoll_wait(w->epoll, events, EVENTS, w->again ? 0 : -1);
+		int count = epoll_wait(w->epoll, events, EVENTS, w->again ? 0 : w->flows ? SWEEP_MS : -1);
+		struct timespec now;
+		clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+		w->now = now.tv_sec;
 		for (int i = 0; i < count; i++) {
 			uintptr_t tag = (uintptr_t)events[i].data.ptr;
+			void *object = (void *)(tag & ~(uintptr_t)3);
 			if (!tag) {
 				uint64_t value;
 				leaving = read(w->wake, &value, sizeof value) > 0 || leaving;
-			} else if (tag & 1) {
-				on_listener(w, (struct listener *)(tag & ~(uintptr_t)1));
+			} else if ((tag & 3) == STREAM_LISTENER) {
+				on_listener(w, object);
+			} else if ((tag & 3) == DATAGRAM_LISTENER) {
+				on_datagrams(w, object);
+			} else if ((tag & 3) == FLOW) {
+				on_flow(w, object);
 			} else {
-				on_side(w, (struct side *)tag, events[i].events);
+				on_side(w, object, events[i].events);
 			}
+		}
+		if (w->flows && w->now != swept) {
+			swept = w->now;
+			sweep(w);
 		}
 		struct conn *c = w->again;
 		w->again = NULL;
@@ -405,6 +682,10 @@ static void *work(void *argument)
 				*place = c->next;
 				free(c);
 			}
+		}
+		for (struct flow *f; (f = w->dead_flows);) {
+			w->dead_flows = f->next;
+			free(f);
 		}
 	}
 	return NULL;
@@ -497,6 +778,7 @@ static void forget(struct listener *gone)
 		place = &(*place)->next;
 	*place = gone->next;
 	close(gone->fd);
+	free(gone->buckets);
 	free(gone);
 }
 
@@ -512,12 +794,30 @@ static void withdraw(struct listener *l)
 	forget(l);
 }
 
+/* One worker's, in turn. */
+static int own_datagrams(struct listener *l, struct epoll_event *event)
+{
+	struct worker *w = workers[(unsigned long)l->id % worker_count];
+	if (!w->datagrams) {
+		void *mapped = mmap(NULL, sizeof *w->datagrams, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		if (mapped == MAP_FAILED)
+			return errno;
+		w->datagrams = mapped;
+	}
+	l->buckets = calloc(BUCKETS, sizeof *l->buckets);
+	if (!l->buckets)
+		return ENOMEM;
+	l->owner = w;
+	*event = (struct epoll_event){.events = EPOLLIN, .data.ptr = (void *)((uintptr_t)l | DATAGRAM_LISTENER)};
+	return 0;
+}
+
 static PyObject *relay_listen(PyObject *self, PyObject *args)
 {
 	(void)self;
-	int fd, port, protocol;
+	int fd, port, protocol, idle_s;
 	const char *host;
-	if (!PyArg_ParseTuple(args, "isii:listen", &fd, &host, &port, &protocol))
+	if (!PyArg_ParseTuple(args, "isiii:listen", &fd, &host, &port, &protocol, &idle_s))
 		return NULL;
 	struct listener *l = calloc(1, sizeof *l);
 	if (!l)
@@ -529,15 +829,18 @@ static PyObject *relay_listen(PyObject *self, PyObject *args)
 		PyErr_SetString(PyExc_ValueError, "listen: not an IP address");
 		return NULL;
 	}
-	struct epoll_event event = {.events = EPOLLIN | EPOLLEXCLUSIVE, .data.ptr = (void *)((uintptr_t)l | 1)};
-	int failed = 0;
+	l->idle_s = idle_s;
+	struct epoll_event event = {.events = EPOLLIN | EPOLLEXCLUSIVE, .data.ptr = (void *)((uintptr_t)l | STREAM_LISTENER)};
+	int failed = worker_count ? 0 : ECANCELED;
 	Py_BEGIN_ALLOW_THREADS
 	pthread_mutex_lock(&lock);
 	l->id = next_id++;
 	l->next = listeners;
 	listeners = l;
+	if (protocol == IPPROTO_UDP && !failed)
+		failed = own_datagrams(l, &event);
 	for (unsigned i = 0; i < worker_count && !failed; i++)
-		if (epoll_ctl(workers[i]->epoll, EPOLL_CTL_ADD, fd, &event) < 0)
+		if ((!l->owner || l->owner == workers[i]) && epoll_ctl(workers[i]->epoll, EPOLL_CTL_ADD, fd, &event) < 0)
 			failed = errno;
 	if (failed)
 		withdraw(l);
@@ -580,7 +883,7 @@ static PyObject *relay_connections(PyObject *self, PyObject *args)
 
 static PyMethodDef methods[] = {
 	{"start", relay_start, METH_VARARGS, "start(workers): once, before anything else; raises OSError"},
-	{"listen", relay_listen, METH_VARARGS, "listen(fd, host, port, protocol) -> id; takes fd, which listens and does not block"},
+	{"listen", relay_listen, METH_VARARGS, "listen(fd, host, port, protocol, idle_s) -> id; takes fd, which listens and does not block"},
 	{"withdraw", relay_withdraw, METH_VARARGS, "withdraw(id): the port is free and its connections are closed; raises OSError"},
 	{"connections", relay_connections, METH_VARARGS, "connections(id) -> how many are open; raises OSError"},
 	{NULL, NULL, 0, NULL},

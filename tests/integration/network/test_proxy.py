@@ -204,6 +204,50 @@ def test_datagrams_find_their_way_back(proxy: Proxy) -> None:
     end(server)
 
 
+def test_clients_of_datagrams_are_bounded_and_the_oldest_is_forgotten(proxy: Proxy) -> None:
+    server = udp_server("127.0.0.1", 9000, lambda data: data)
+    proxy.publish(PortMapping("udp", "127.0.0.1", 8000, "127.0.0.1", 9000))
+    pid = proxy.call({"do": "hello"})["pid"]
+    if int(Path(f"/proc/{pid}/limits").read_text().partition("Max open files")[2].split()[0]) < 5000:
+        pytest.skip("the limit of open files is below what a port takes: raise ulimit -Hn")
+    for number in range(4200):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.bind((f"127.0.{1 + number // 250}.{1 + number % 250}", 0))
+            client.sendto(b"x", ("127.0.0.1", 8000))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.settimeout(20)
+        client.connect(("127.0.0.1", 8000))
+        client.send(b"last")
+        assert client.recv(10) == b"last"
+    assert 1000 < connections(proxy) <= 4096
+    assert len(os.listdir(f"/proc/{pid}/fd")) < 4150
+    end(server)
+
+
+def test_silent_clients_of_datagrams_are_forgotten(state: str) -> None:
+    """With a shorter time than the one that ports have."""
+    program = """
+import socket, time
+from boxship.network.proxy import _relay
+_relay.start(2)
+made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+made.bind(("127.0.0.1", 8000))
+made.setblocking(False)
+port = _relay.listen(made.detach(), "127.0.0.1", 9000, 17, 1)
+client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+client.sendto(b"x", ("127.0.0.1", 8000))
+while _relay.connections(port) != 1:
+    time.sleep(0.01)
+while _relay.connections(port):
+    time.sleep(0.01)
+client.sendto(b"x", ("127.0.0.1", 8000))
+while _relay.connections(port) != 1:
+    time.sleep(0.01)
+_relay.withdraw(port)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
 def test_a_port_that_somebody_has_is_refused_in_dockers_words(proxy: Proxy) -> None:
     taken = socket.create_server(("127.0.0.1", 8000))
     with pytest.raises(BoxshipError, match=r"^failed to bind host port for 127\.0\.0\.1:8000:127\.0\.0\.1:9000/tcp: address already in use$"):

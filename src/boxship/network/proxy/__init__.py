@@ -3,8 +3,8 @@
 Runs in: `control` and `client` in the daemon, all else in the helper, `python -I -m boxship.network.proxy`.
 Spec: what dockerd's docker-proxy does, one process of which there is for each port and family.
 
-    daemon ── client.Proxy ──┐                       ┌── tcp     threads of `_relay` (src/native/relay.c): accept, connect, splice
-    daemon ── dns.client ────┴── SOCK_SEQPACKET ── helper ── udp     flows of datagrams
+    daemon ── client.Proxy ──┐                               ┌── _relay  threads of C (src/native/relay.c) for the ports
+    daemon ── dns.client ────┴── SOCK_SEQPACKET ── helper ───┤
                                  STATE/network/socket        └── dns     a resolver in each container's namespace
 
 The helper outlives the daemon: connections stay open, names are answered, and the next daemon finds it by its socket and says

@@ -1,6 +1,6 @@
 """The helper: serves what the daemon says, whether or not the daemon is there.
 
-Runs in: a process of its own, one per state folder; one thread for this loop, datagrams and names, and those of `_relay`.
+Runs in: a process of its own, one per state folder; one thread for this loop and for names, and those of `_relay`.
 Spec: `boxship.network.proxy.control`.
 """
 
@@ -23,8 +23,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from boxship.network.proxy.udp import Datagrams
-
 _SIGTERM = 15
 LONELY_S = 3.0
 """How long it stays when there is nothing to do and nobody is there."""
@@ -33,7 +31,7 @@ LONELY_S = 3.0
 class _Port:
     __slots__ = ("mapping", "named", "served")
 
-    def __init__(self, mapping: PortMapping, served: ports.Streams | Datagrams, named: int) -> None:
+    def __init__(self, mapping: PortMapping, served: ports.Served, named: int) -> None:
         self.mapping = mapping
         self.served = served
         self.named = named
@@ -154,7 +152,7 @@ class Helper:
         ports.check(mapping)
         if present is not None:
             self._close(present)
-        self._ports[key] = _Port(mapping, ports.serve(self.loop, mapping, fds.pop() if fds else -1), self._round)
+        self._ports[key] = _Port(mapping, ports.serve(mapping, fds.pop() if fds else -1), self._round)
 
     def _withdraw(self, message: dict[str, Any], fds: list[int]) -> None:
         mapping = PortMapping(*message["port"])

@@ -13,22 +13,28 @@ import os
 from boxship.kit.errors import BoxshipError, InvalidArgument, Unsupported
 from boxship.network.proxy import _relay
 from boxship.network.proxy.control import PROTOCOLS, PortMapping
-from boxship.network.proxy.udp import Datagrams
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from boxship.kit.loop import Loop
 
 _BACKLOG = 4096
 _KEEPALIVE = ((_socket.TCP_KEEPIDLE, 60), (_socket.TCP_KEEPINTVL, 15), (_socket.TCP_KEEPCNT, 9))
 _WORKERS_MAX = 4
+_IDLE_S = 90
+"""When a client of a UDP port is forgotten, as by Docker's proxy."""
+_IP_PKTINFO, _IPV6_RECVPKTINFO = 8, 49
 
 
-class Streams:
-    """A TCP or SCTP port, served by the threads of `_relay`."""
+class Served:
+    """A port, served by the threads of `_relay`."""
 
     def __init__(self, listener: _socket.socket, mapping: PortMapping) -> None:
-        """Takes the listening socket. Raises OSError."""
+        """Takes the socket. Raises OSError."""
+        listener.setblocking(False)
+        if mapping.protocol != "udp":
+            listener.listen(_BACKLOG)
+        elif mapping.host_ip == "::":
+            # Bound to all addresses, the kernel would answer from the one of the way back, which is not always the one asked.
+            listener.setsockopt(_socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO, 1)
+        elif mapping.host_ip == "0.0.0.0":
+            listener.setsockopt(_socket.IPPROTO_IP, _IP_PKTINFO, 1)
         # Accepted sockets inherit these: two hops must not add a delay each, and who has vanished is not kept for ever.
         if mapping.protocol == "tcp":
             listener.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
@@ -37,11 +43,11 @@ class Streams:
                 listener.setsockopt(_socket.IPPROTO_TCP, option, value)
         _relay.start(min(_WORKERS_MAX, len(os.sched_getaffinity(0))))
         self._id = _relay.listen(
-            listener.detach(), mapping.container_ip, mapping.container_port, PROTOCOLS[mapping.protocol]
+            listener.detach(), mapping.container_ip, mapping.container_port, PROTOCOLS[mapping.protocol], _IDLE_S
         )
 
     def connections(self) -> int:
-        """How many are open."""
+        """How many are open; of a UDP port, how many clients are known."""
         return _relay.connections(self._id)
 
     def close(self) -> None:
@@ -62,17 +68,13 @@ def check(mapping: PortMapping) -> None:
             raise InvalidArgument(f"invalid port: {port}")
 
 
-def serve(loop: Loop, mapping: PortMapping, listener: int = -1) -> Streams | Datagrams:
+def serve(mapping: PortMapping, listener: int = -1) -> Served:
     """Listen, on the descriptor `listener` (taken) or on a new socket, and serve. Raises BoxshipError."""
     check(mapping)
     try:
         made = _listen(mapping) if listener < 0 else _socket.socket(fileno=listener)
         try:
-            made.setblocking(False)
-            if mapping.protocol == "udp":
-                return Datagrams(loop, made, mapping)
-            made.listen(_BACKLOG)
-            return Streams(made, mapping)
+            return Served(made, mapping)
         except BaseException:
             made.close()
             raise
