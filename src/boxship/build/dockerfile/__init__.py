@@ -13,6 +13,7 @@ Not here: carrying anything out.
 from __future__ import annotations
 
 from boxship.build.dockerfile import ignore
+from boxship.build.dockerfile.check import Finding, Options, check, options
 from boxship.build.dockerfile.ignore import excluder
 from boxship.build.dockerfile.instructions import (
     Add,
@@ -44,7 +45,7 @@ from boxship.build.dockerfile.words import ExpansionError
 
 __all__ = [
     "SCRATCH", "Add", "Arg", "Block", "Cmd", "Copy", "Dockerfile", "DockerfileError", "Entrypoint", "Env", "Environment",
-    "ExpansionError", "Expose", "From", "Healthcheck", "Inline", "Instruction", "Label", "Location", "Maintainer", "Mount",
-    "MountFlag", "Onbuild", "Run", "Shell", "Source", "Stage", "Stopsignal", "User", "Volume", "Workdir", "excerpt", "excluder",
-    "ignore", "parse", "plan", "trigger",
+    "ExpansionError", "Expose", "Finding", "From", "Healthcheck", "Inline", "Instruction", "Label", "Location", "Maintainer",
+    "Mount", "MountFlag", "Onbuild", "Options", "Run", "Shell", "Source", "Stage", "Stopsignal", "User", "Volume", "Workdir",
+    "check", "excerpt", "excluder", "ignore", "options", "parse", "plan", "trigger",
 ]

@@ -90,7 +90,9 @@ def parse(text: str) -> MountFlag:
         rows = list(csv.reader([text], strict=True))
     except csv.Error as error:
         raise InvalidArgument(f"failed to parse csv mounts: {error}") from None
-    flag = MountFlag(text, tuple(rows[0]) if rows else ())
+    if not rows or not rows[0]:
+        raise InvalidArgument("failed to parse csv mounts: it is empty", "such as --mount=type=cache,target=/PATH")
+    flag = MountFlag(text, tuple(rows[0]))
     if "$" in flag.from_[:-1]:
         raise InvalidArgument("'from' doesn't support variable expansion, define alias stage instead")
     return flag

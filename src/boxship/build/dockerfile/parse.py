@@ -112,6 +112,7 @@ class _Request:
         self.command = command
         self.escape = escape
         self.rest = command.rest
+        self.offset = command.offset
         self.common: dict[str, Any] = {
             "keyword": command.keyword.upper(), "written": command.written, "source": line}
 
@@ -123,9 +124,9 @@ class _Request:
         """Raise an error at `near` in the arguments; at the arguments without it."""
         found = self.rest.find(near) if near else -1
         if found >= 0:
-            raise self.line.error(message, self.command.offset + found, len(near), hint)
+            raise self.line.error(message, self.offset + found, len(near), hint)
         if self.rest:
-            raise self.line.error(message, self.command.offset, len(self.rest), hint)
+            raise self.line.error(message, self.offset, len(self.rest), hint)
         raise self.line.error(message, 0, len(self.line.text), hint)
 
     def fail_flag(self, message: str, flag: Flag, hint: str = "") -> NoReturn:
@@ -435,10 +436,11 @@ def _healthcheck(request: _Request) -> typed.Healthcheck:
     if kind.upper() != "CMD":
         request.fail(f'Unknown type "{kind.upper()}" in HEALTHCHECK (try CMD)', kind)
     flags = {name if name == "retries" else f"{name}_ns": value for name, value in flags.items()}
+    if not rest or rest.replace(" ", "") == "[]":
+        request.fail("Missing command after HEALTHCHECK CMD", hint="HEALTHCHECK CMD COMMAND")
+    request.offset += len(request.rest) - len(rest)
     request.rest = rest
     command = _command(request)
-    if not command.get("words") and not command.get("text"):
-        request.fail("Missing command after HEALTHCHECK CMD")
     return typed.Healthcheck(**request.common, **command, **flags)
 
 
