@@ -86,8 +86,35 @@ def test_names_of_containers(stage: Stage, tcp: bool) -> None:
     assert (nodata.code, nodata.data) == (0, [])
     assert stage.ask("2.0.0.10.in-addr.arpa", PTR, tcp=tcp).data == ["web.front"]
     assert stage.ask("web", A, tcp=tcp).ttl_s == 600
+    for kind in (15, 64, 65):
+        assert (stage.ask("web", kind, tcp=tcp).code, stage.ask("web", kind, tcp=tcp).data) == (0, [])
     # On internal networks nobody else can be asked.
     assert stage.ask("example.com", A, tcp=tcp).code == 2
+
+
+@pytest.mark.parametrize("command", ["getent ahosts", "busybox nslookup"])
+def test_resolvers_of_others(stage: Stage, tmp_path: Path, command: str) -> None:
+    """glibc's and busybox's, which ask for both families at once; glibc asks again by TCP when an answer is cut."""
+    server = udp_server("127.0.0.53", 53, nowhere)
+    stage.attach(Server("127.0.0.53", in_host=True))
+    for each in range(60):
+        stage.dns.join(Member("n1", f"many{each}", ["many"], [f"10.1.0.{each + 1}"]))
+    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.11\noptions ndots:0\n")
+
+    def look_up(name: str) -> subprocess.CompletedProcess[str]:
+        script = f"mount --bind {tmp_path}/resolv.conf /etc/resolv.conf && {command} {name}"
+        return subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, timeout=60)
+
+    with inside(stage.containers[0]):
+        web, db, front, many, none = (look_up(name) for name in ("web", "db", "db.front", "many", "nobody.example"))
+    assert "10.0.0.2" in web.stdout
+    assert "fd00::2" in web.stdout
+    assert "10.0.0.3" in db.stdout
+    assert "10.0.0.3" in front.stdout
+    assert none.returncode != 0
+    found = {word for word in many.stdout.split() if word.startswith("10.1.0.")}
+    assert len(found) == 60 if command.startswith("getent") else found
+    end(server)
 
 
 def test_several_addresses_come_in_any_order(stage: Stage) -> None:

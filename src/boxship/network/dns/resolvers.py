@@ -3,9 +3,9 @@
 Runs in: the helper, on its loop; that thread visits other network namespaces, between which and coming back nothing else runs.
 Spec: RFC 1035, RFC 7766; what libnetwork's resolver answers:
 
-    A, AAAA     of a name that is known: its addresses of that family in any order, none when it has none of it
+    A, AAAA     of a name that is known: its addresses of that family, any of them first; none when it has none
     PTR         of an address that is known: NAME.NETWORK
-    MX          of a name that is known: none
+    MX          of a name that is known: none; so SVCB and HTTPS, which would lead to somebody else of that name
     all others  from the servers outside, which are none on internal networks: SERVFAIL
 
 What a container sends is never trusted: only well-formed questions of the class IN are passed on, to the servers that the daemon
@@ -17,7 +17,6 @@ from __future__ import annotations
 import _socket
 import _thread
 import os
-import random
 
 from boxship.kit.errors import BoxshipError, InvalidArgument
 from boxship.kit.loop import IN, Loop
@@ -42,6 +41,7 @@ FORWARDS_TOTAL = 4096
 STREAM_IDLE_S = 10.0
 _TURN = 32
 _BACKLOG = 64
+_OWN = (message.A, message.AAAA, message.MX, message.SVCB, message.HTTPS)
 
 class Resolvers:
     """All of them, and the names they know."""
@@ -217,13 +217,16 @@ class Resolver:
             address = message.address_of(query.name)
             name = self._owner.names.reverse(self.places, address) if address else ""
             return [message.pointer_record(name, TTL_S)] if name else None
-        if query.kind not in (message.A, message.AAAA, message.MX) or not query.name:
+        if query.kind not in _OWN or not query.name:
             return None
         found = self._owner.names.find(self.places, query.name)
         if found is None:
             return None
         wanted = [each for each in found if query.kind == (message.AAAA if ":" in each else message.A)]
-        random.shuffle(wanted)
+        if len(wanted) > 1:
+            # Clients take the first one.
+            first = int.from_bytes(os.urandom(4)) % len(wanted)
+            wanted = wanted[first:] + wanted[:first]
         return [message.address_record(each, TTL_S) for each in wanted]
 
     def _forward(self, query: Query, packet: bytes, reply: Callable[[bytes], None], *, stream: bool) -> None:
