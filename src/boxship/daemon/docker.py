@@ -33,6 +33,8 @@ log = logging.getLogger("boxship.engine")
 NEEDS = {"containers", "content", "diff", "events", "images", "leases", "namespaces", "snapshots", "tasks"}
 """Services without which there is no engine."""
 LISTS = {"cdi_directories"}
+BACKLOG = 4096
+"""Clients that may wait to be accepted: past that, one that does not wait is refused."""
 TEXTS = ("namespace", "snapshotter", "default_runtime", "cgroup_parent", "init")
 
 
@@ -134,12 +136,12 @@ async def serve(containerd: Containerd, config: Config, listener: socket.socket 
     path = config.docker_socket
     try:
         if listener is not None:
-            await web.SockSite(runner, listener).start()
+            await web.SockSite(runner, listener, backlog=BACKLOG).start()
         else:
             os.makedirs(os.path.dirname(path), 0o711, exist_ok=True)
             before = os.umask(0o777 & ~config.docker.mode)
             try:
-                await web.UnixSite(runner, path).start()
+                await web.UnixSite(runner, path, backlog=BACKLOG).start()
             finally:
                 os.umask(before)
             os.chmod(path, config.docker.mode)

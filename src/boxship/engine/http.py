@@ -20,7 +20,7 @@ import boxship
 from boxship.engine import shapes
 from boxship.engine.errors import status_of
 from boxship.engine.hijack import HEADERS
-from boxship.kit.errors import BoxshipError, InvalidArgument, NotFound
+from boxship.kit.errors import BoxshipError, InvalidArgument, NotFound, from_os_error
 
 API_MAX, API_MIN = (1, 51), (1, 24)
 API_VERSION, API_MIN_VERSION = "1.51", "1.24"
@@ -108,7 +108,8 @@ def dispatcher(engine: Any, routes: Routes) -> Callable[[web.Request], Awaitable
     async def dispatch(request: web.Request) -> web.StreamResponse:
         request[HEADERS] = common = headers()
         try:
-            version, path = version_of(request.path)
+            path = request.path
+            version, path = version_of(path)
             request[VERSION] = version
             if request.method == "OPTIONS":
                 return web.Response(headers=common)
@@ -116,8 +117,14 @@ def dispatcher(engine: Any, routes: Routes) -> Callable[[web.Request], Awaitable
             response = await handler(engine, request, **parameters)
         except BoxshipError as error:
             return failure(error, common)
+        except web.HTTPException as error:  # aiohttp's own: a body that is too large, a web socket that is none
+            return web.Response(
+                status=error.status, body=encoded({"message": error.text or error.reason}), content_type=_DATA_JSON,
+                headers=common)
         except ConnectionResetError:
             raise asyncio.CancelledError from None
+        except OSError as error:
+            return failure(from_os_error(error, f"{request.method} {path}"), common)
         if not response.prepared:
             response.headers.update(common)
         return response

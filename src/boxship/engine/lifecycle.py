@@ -493,7 +493,7 @@ class Lifecycle:
                     await create.remove(core, container, with_volumes=container.host["AutoRemove"])
             elif (task is not None and task.status == types.STOPPED and not state.running
                   and _time(task.exited_at) == state.finished_at):
-                await self._end_task(container)  # the daemon was killed between the answer and this
+                self.spawn(self._end_task(container))  # the daemon was killed between the answer and this
             elif task is not None and task.status in (types.RUNNING, types.PAUSED, types.PAUSING, types.STOPPED):
                 async with container.lock:
                     self._take_up(container, task)
