@@ -284,7 +284,10 @@ def reply(address: str, binary: bool, newest: str) -> bytes:
 
 
 def _group(bundle: str) -> str:
-    annotations = bundles.load_config(bundle).get("annotations")
+    try:
+        annotations = bundles.load_config(bundle).get("annotations")
+    except FileNotFoundError:
+        return ""  # of a sandbox, which need not have one
     if isinstance(annotations, dict):
         for name in GROUPS:
             if annotations.get(name):

@@ -15,7 +15,7 @@ import os
 import traceback
 
 from boxship.abi import syscalls
-from boxship.api.task.services import TASK, TASK_V2, TASK_V3
+from boxship.api.task.services import SANDBOX, SANDBOXES, TASK, TASK_V2, TASK_V3
 from boxship.api.ttrpc.server import Server, Service
 from boxship.kit.files import read_all
 from boxship.kit.loop import Inbox, Loop
@@ -25,6 +25,7 @@ from boxship.shim.forks import inline, own, programs
 from boxship.shim.handover import Contents, Parcel
 from boxship.shim.log import Log
 from boxship.shim.publisher import Publisher
+from boxship.shim.sandbox import SandboxService
 from boxship.shim.service import TaskService
 
 TYPE_CHECKING = False
@@ -69,31 +70,35 @@ def run(
     publisher = Publisher(loop, children, log, namespace, events, publish)
     service = TaskService(loop, children, publisher, log, namespace, own(own_runtime, environ),
                           inline(own_runtime, environ, children.ended), programs(environ), loop.stop)
+    sandbox = SandboxService(service)
+    service.is_held = sandbox.is_held
     task = Service(TASK, service.find)
+    services = {TASK_V2: task, TASK_V3: task, SANDBOX: Service(SANDBOXES, sandbox.find)}
     contents = Contents(fds) if len(fds) > 1 else None
     socket = contents.fd(1) if contents is not None else fds[0]
-    server = Server(loop, _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, socket), {TASK_V2: task, TASK_V3: task})
+    server = Server(loop, _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, socket), services)
 
     def asked_to_end() -> None:
         # An operator's signal, or the machine's shutdown: with containers it would be their end.
         log.write("info", "shim received a signal to end", containers=len(service.containers))
-        if not service.containers:
+        if not service.containers and not sandbox.is_held():
             loop.stop()
 
     for number in (_SIGTERM, _SIGINT):
         inbox.on(number, asked_to_end)
     log.write("debug", "shim is ready", pid=os.getpid(), path=path)
     if contents is not None:
-        containers, connections = contents.state
+        containers, connections, held = contents.state
         service.unpack(containers, contents)
+        sandbox.unpack(held)
         for connection, last, calls in connections:
             server.adopt(contents.fd(connection), last, calls)
     while loop.running:
         try:
             quiet = (loop.is_idle and children.are_quiet and publisher.is_quiet and service.is_quiet
-                     and server.pending() <= {"Wait"})
+                     and server.pending() <= {"Wait", "WaitSandbox"})
             happened = loop.turn(_IDLE_S if quiet else -1.0)
-            if quiet and not happened and _hand_over(loop, control, publisher, service, server):
+            if quiet and not happened and _hand_over(loop, control, publisher, service, sandbox, server):
                 return
         except Exception:  # noqa: BLE001 - a bug must not be the end of the containers
             log.write("error", f"internal error: {traceback.format_exc()}")
@@ -104,7 +109,9 @@ def run(
         pass
 
 
-def _hand_over(loop: Loop, control: int, publisher: Publisher, service: TaskService, server: Server) -> bool:
+def _hand_over(
+    loop: Loop, control: int, publisher: Publisher, service: TaskService, sandbox: SandboxService, server: Server,
+) -> bool:
     """Whether it was possible."""
     publisher.hang_up()
     parcel = Parcel(loop)
@@ -115,4 +122,4 @@ def _hand_over(loop: Loop, control: int, publisher: Publisher, service: TaskServ
          [(stream, payload) for stream, (_, payload) in connection.calls.items()])
         for connection in server.connections
     ]
-    return parcel.send(control, (containers, connections))
+    return parcel.send(control, (containers, connections, sandbox.pack()))

@@ -76,31 +76,12 @@ class TaskService:
         self._programs = programs
         self._leave = leave
         self.containers: dict[str, Container] = {}
+        self.is_held: Callable[[], bool] = lambda: False
+        """Whether the shim stays without containers too."""
 
     def find(self, name: str) -> Callable[[Any], Later]:
         """The function for a method of the service. For `boxship.api.ttrpc.server`."""
-        function = getattr(self, name.lower())
-
-        def call(request: Any) -> Later:
-            try:
-                result = function(request)
-            except BoxshipError as error:
-                later = Later()
-                later.fail(error)
-                return later
-            except OSError as error:
-                later = Later()
-                later.fail(from_os_error(error, function.__name__))
-                return later
-            except Exception as error:  # noqa: BLE001 - a bug is told to the client, and the containers live on
-                later = Later()
-                later.fail(error)
-                return later
-            if isinstance(result, Later):
-                return result
-            return run_step(_explained(result, function.__name__)) if hasattr(result, "send") else now(result)
-
-        return call
+        return answering(getattr(self, name.lower()))
 
     # --- finding
 
@@ -627,12 +608,63 @@ class TaskService:
         return pb.task.ConnectResponse(shim_pid=os.getppid(), task_pid=container.init.pid)
 
     def shutdown(self, request: Any) -> Empty:
-        """End the shim, unless it still has containers."""
-        if not self.containers:
-            # What is to be said is said first, the answer to this too.
-            self._loop.soon(lambda: self._publisher.idle().then(lambda later: self._leave()))
-            self._loop.after(5.0, self._leave)
+        """End the shim, unless it still has containers, or a sandbox."""
+        if not self.containers and not self.is_held():
+            self.leave()
         return Empty()
+
+    def leave(self) -> None:
+        """End the shim. What is to be said is said first, the answer to the call that this is part of too."""
+        self._loop.soon(lambda: self._publisher.idle().then(lambda later: self._leave()))
+        self._loop.after(5.0, self._leave)
+
+    # --- all of a sandbox
+
+    def kill_all(self) -> Step:
+        """Kill every container, and wait for their ends."""
+        for container in [*self.containers.values()]:
+            yield container.made if not container.created else now()
+            if container.id not in self.containers:
+                continue
+            try:
+                yield from self.kill(pb.task.KillRequest(id=container.id, signal=_SIGKILL, all=True))
+            except (NotFound, FailedPrecondition):
+                continue  # it is over, or never was
+            yield container.init.ended
+
+    def remove_all(self) -> Step:
+        """Kill and delete every container."""
+        yield from self.kill_all()
+        for container in [*self.containers.values()]:
+            try:
+                yield from self.delete(pb.task.DeleteRequest(id=container.id))
+            except NotFound:
+                continue  # somebody else was faster
+
+
+def answering(function: Callable[[Any], Any]) -> Callable[[Any], Later]:
+    """A method, whether it answers at once, with a Later or as a step, as `boxship.api.ttrpc.server` calls one."""
+
+    def call(request: Any) -> Later:
+        try:
+            result = function(request)
+        except BoxshipError as error:
+            later = Later()
+            later.fail(error)
+            return later
+        except OSError as error:
+            later = Later()
+            later.fail(from_os_error(error, function.__name__))
+            return later
+        except Exception as error:  # noqa: BLE001 - a bug is told to the client, and the containers live on
+            later = Later()
+            later.fail(error)
+            return later
+        if isinstance(result, Later):
+            return result
+        return run_step(_explained(result, function.__name__)) if hasattr(result, "send") else now(result)
+
+    return call
 
 
 def _explained(step: Step, name: str) -> Step:

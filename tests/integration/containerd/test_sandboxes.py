@@ -1,6 +1,6 @@
 """Sandboxes in a shim that holds them: the controller's side of the shim's sandbox service, over a socket, with a daemon that comes back.
 
-The shim is a stand-in that keeps the protocol: no containerd-shim-runc-v2 of Debian (2.1 included) offers the service.
+The shim is a stand-in that keeps the protocol; our own shim's side is tested in tests/integration/shim/test_sandbox.py.
 """
 
 import asyncio
