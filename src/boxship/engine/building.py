@@ -24,16 +24,16 @@ from boxship.engine import shapes, spec
 from boxship.engine.core import LABEL, RUNC_V2, Core, packed
 from boxship.engine.create import SPEC_URL
 from boxship.engine.stdio import Streams
-from boxship.kit.errors import BoxshipError, DeadlineExceeded, InvalidArgument, NotFound, from_os_error
+from boxship.kit.errors import BoxshipError, DeadlineExceeded, InvalidArgument, NotFound, Unsupported, from_os_error
 from boxship.linux.roots import Root
+from boxship.network import Attachment, Sandbox, files
+from boxship.network.manager import Subject
 from boxship.oci import users
 from boxship.oci.text import dumps
 
 _DRAIN_S = 2.0
-_HOSTS = (
-    "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::\tip6-localnet\nff00::\tip6-mcastprefix\n"
-    "ff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n"
-)
+_HOSTNAME = "buildkitsandbox"
+"""What programs that ask for it find in builds elsewhere."""
 
 
 class _Before(NamedTuple):
@@ -59,9 +59,11 @@ class StepRunner:
         streams.write_log = output
         upper = upper_directory(mounts)
         before: _Before | None = None
+        sandbox: Sandbox | None = None
         try:
             streams.create()
-            config, inputs, before = await in_thread(lambda: self._specification(work, mounts, directory))
+            sandbox = await self._connected(work)
+            config, inputs, before = await in_thread(lambda: self._specification(work, mounts, directory, sandbox))
             await self._create(work, spec.build(config[0], config[1], list(work.args), inputs))
             try:
                 streams.open()
@@ -69,12 +71,27 @@ class StepRunner:
             finally:
                 await asyncio.shield(self._delete(work.key))
         finally:
+            self._core.networks.release(work.key)
             streams.close()
             shutil.rmtree(directory, ignore_errors=True)
             if upper and before is not None:
                 await in_thread(partial(_clean, upper, before))
 
-    def _specification(self, work: Work, mounts: list[Any], directory: str) -> tuple[Any, spec.Inputs, _Before]:
+    async def _connected(self, work: Work) -> Sandbox | None:
+        """The step's place on its network; None for none and the host's. Raises what a container's start is refused for."""
+        networks = self._core.networks
+        mode = networks.default_mode if work.network in ("default", "") else work.network
+        if mode in ("none", "host"):
+            return None
+        if mode.startswith("container:"):
+            raise Unsupported(f"the network {mode} for a step", "use default, none, host, or a network by name")
+        sandbox = await networks.prepare(Subject(work.key, work.key[:12], _HOSTNAME, []), [Attachment(mode)])
+        await networks.realize(sandbox)
+        return sandbox
+
+    def _specification(
+        self, work: Work, mounts: list[Any], directory: str, sandbox: Sandbox | None,
+    ) -> tuple[Any, spec.Inputs, _Before]:
         core = self._core
         limits = work.limits
         config = shapes.shape({"Env": list(work.env), "WorkingDir": work.cwd}, shapes.CONTAINER_CONFIG, "Config")
@@ -89,17 +106,50 @@ class StepRunner:
             namespaces["cgroup"] = ""
         if work.network == "host":
             namespaces["network"] = None
-        hostname = "buildkitsandbox"
-        etc = _etc(directory, hostname, work)
+        elif sandbox is not None:
+            namespaces["network"] = sandbox.path
+        etc = self._etc(directory, work, sandbox)
         with Root(mounts, read_only=True) as root:
             user = users.find(work.user, root.read)
             inputs = spec.Inputs(
                 uid=user.uid, gid=user.gid, groups=user.groups, home=user.home, mounts=[*etc, *work.mounts],
-                namespaces=namespaces, hostname=hostname,
+                namespaces=namespaces, hostname=_HOSTNAME,
                 cgroups_path=f"{limits.cgroup_parent or core.settings.cgroup_parent}/{work.key}", shm_path="", init="")
             wanted = spec.build(config, host, list(work.args), inputs)
             before = _look(root, [each["destination"] for each in wanted["mounts"]])
         return (config, host), inputs, before
+
+    def _etc(self, directory: str, work: Work, sandbox: Sandbox | None) -> list[dict[str, Any]]:
+        """hosts and resolv.conf in the step's directory, and their mounts."""
+        networks = self._core.networks
+        extra = []
+        for entry in work.hosts:
+            name, separator, address = entry.partition("=" if "=" in entry else ":")
+            if address == "host-gateway":
+                address = networks.host_gateway
+            if not separator or not name or not address:
+                raise InvalidArgument(f'bad format for add-host: "{entry}"')
+            extra.append((address.strip("[]"), name))
+        own = [address for each in sandbox.endpoints for address in (each.ipv4, each.ipv6) if address] if sandbox else []
+        if work.network == "host":
+            hosts = files.hosts([], _HOSTNAME, extra, base=_read("/etc/hosts"))
+        else:
+            hosts = files.hosts(own, _HOSTNAME, extra)
+        resolv = _read("/etc/resolv.conf")
+        if sandbox is not None:
+            resolv = files.resolv(
+                resolv, resolver=networks.resolves(sandbox), keep_local=False, v6=any(each.ipv6 for each in sandbox.endpoints))
+        made = []
+        for name, text in (("hosts", hosts), ("resolv.conf", resolv)):
+            path = f"{directory}/{name}"
+            try:
+                with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+                    file.write(text)
+                os.chmod(path, 0o644)
+            except OSError as error:
+                raise from_os_error(error, "writing") from None
+            made.append({"destination": f"/etc/{name}", "type": "bind", "source": path, "options": ["rbind", "rprivate"]})
+        return made
 
     async def _create(self, work: Work, document: dict[str, Any]) -> None:
         core = self._core
@@ -146,27 +196,6 @@ class StepRunner:
             await self._core.containerd.containers.Delete(containers.DeleteContainerRequest(id=key), self._core.call)
         except NotFound:
             pass
-
-
-def _etc(directory: str, hostname: str, work: Work) -> list[dict[str, Any]]:
-    """hosts and resolv.conf in the step's directory, and their mounts."""
-    hosts = _read("/etc/hosts") if work.network == "host" else f"{_HOSTS}127.0.1.1\t{hostname}\n"
-    for entry in work.hosts:
-        name, separator, address = entry.partition("=" if "=" in entry else ":")
-        if not separator or not name or not address:
-            raise InvalidArgument(f'bad format for add-host: "{entry}"')
-        hosts += f"{address.strip('[]')}\t{name}\n"
-    made = []
-    for name, text in (("hosts", hosts), ("resolv.conf", _read("/etc/resolv.conf"))):
-        path = f"{directory}/{name}"
-        try:
-            with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
-                file.write(text)
-            os.chmod(path, 0o644)
-        except OSError as error:
-            raise from_os_error(error, "writing") from None
-        made.append({"destination": f"/etc/{name}", "type": "bind", "source": path, "options": ["rbind", "rprivate"]})
-    return made
 
 
 def _read(path: str) -> str:

@@ -31,6 +31,7 @@ from boxship.oci.text import dumps
 
 RESOURCES_URL = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
 _DRAIN_S = 2.0
+_KILL_S = 10.0
 _BACKOFF_S, _BACKOFF_MAX_S, _STEADY_S = 0.1, 60.0, 10.0
 
 
@@ -544,7 +545,10 @@ class Lifecycle:
             if each.id not in core.by_id:
                 try:
                     await core.containerd.tasks.Kill(tasks.KillRequest(container_id=each.id, signal=9, all=True), core.call)
-                except BoxshipError:
+                    # The step of a build, in which the daemon was killed: what runs cannot be deleted.
+                    await asyncio.wait_for(
+                        core.containerd.tasks.Wait(tasks.WaitRequest(container_id=each.id), core.call), _KILL_S)
+                except (BoxshipError, TimeoutError):
                     pass  # it is over, as nearly always
                 try:
                     await core.containerd.tasks.Delete(tasks.DeleteTaskRequest(container_id=each.id), core.call)
