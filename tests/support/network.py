@@ -129,7 +129,10 @@ class Reply:
         at += 5
         self.data = []
         for _ in range(count):
-            assert packet[at : at + 2] == b"\xc0\x0c"
+            if packet[at] < 0xC0:
+                while packet[at]:
+                    at += 1 + packet[at]
+                at -= 1  # one byte where a pointer has two
             kind, _, self.ttl_s, size = struct.unpack_from(">HHIH", packet, at + 2)
             data = packet[at + 12 : at + 12 + size]
             at += 12 + size
