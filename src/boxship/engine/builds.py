@@ -171,11 +171,14 @@ class Builds:
         async with AsyncExitStack() as stack:
             stack.callback(tree.close)
             text, ignored = await in_thread(lambda: _files(tree, lone, wish.dockerfile))
-            parsed = language.parse(text, wish.shown)
-            contexts = await self._named(wish, tree, stack)
-            context: Tree = await in_thread(lambda: _without(tree, ignored, wish.dockerfile))
-            async for message in self._built(wish, parsed, context, contexts, names):
-                yield message
+            try:
+                parsed = language.parse(text, wish.shown)
+                contexts = await self._named(wish, tree, stack)
+                context: Tree = await in_thread(lambda: _without(tree, ignored, wish.dockerfile))
+                async for message in self._built(wish, parsed, context, contexts, names):
+                    yield message
+            except language.DockerfileError as error:
+                raise InvalidArgument(f"{error}\n{language.excerpt(error.source, error.location)}") from error
 
     async def _named(self, wish: Wish, tree: TarTree, stack: AsyncExitStack) -> dict[str, Tree | str]:
         """The named contexts: what lies in the archive, images, and what is fetched."""

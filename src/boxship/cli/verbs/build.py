@@ -74,17 +74,18 @@ class _Context:
             while piece := os.read(0, 1 << 18):
                 yield piece
             return
-        rules = ignore.compile(self._ignored(self.where))
+        rules = ignore.compile(self.ignored(self.where))
         kept = {self.name, ".dockerignore", f"{self.name}.dockerignore"}
         yield from packing.pack(self.where, lambda name: name not in kept and rules.excludes(name), rules.prunes)
         if self.extra:
             yield packing.one_file(self.name, self.extra)
         for name, directory in named.items():
-            inner = ignore.compile(self._ignored(directory))
+            inner = ignore.compile(self.ignored(directory))
             yield from packing.pack(directory, inner.excludes, inner.prunes, prefix=f"{CONTEXTS}/{name}/")
         yield packing.close_archive()
 
-    def _ignored(self, directory: str) -> list[str]:
+    def ignored(self, directory: str) -> list[str]:
+        """The patterns of what a directory's .dockerignore leaves out."""
         from boxship.build.dockerfile import ignore
 
         for name in (f"{self.shown}.dockerignore" if directory == self.where else "", os.path.join(directory, ".dockerignore")):
@@ -113,6 +114,12 @@ def _all(fd: int) -> bytes:
 def _build(call: Call) -> int:
     context = _Context(call)
     local, others = _named(call)
+    if context.text is not None:
+        parsed = _parsed(call, context, context.text, {*local, *others})
+        if call.on("check"):
+            return _check(call, context, parsed)
+    elif call.on("check"):
+        raise InvalidArgument("--check takes a Dockerfile that is here", "give a directory, or -f -")
     query: dict[str, object] = {
         "dockerfile": context.name, "t": call.all("tag"), "target": call.text("target") or None,
         "nocache": "1" if call.on("no-cache") else None, "pull": "1" if call.on("pull") else None,
@@ -139,6 +146,51 @@ def _build(call: Call) -> int:
     for output in [*call.all("output"), *(["type=registry"] if call.on("push") else [])]:
         _output(call, output, identity)
     return 0
+
+
+def _parsed(call: Call, context: _Context, text: bytes, contexts: set[str]) -> Any:
+    """The Dockerfile. Raises Exit with the place of an error: nothing is sent then."""
+    from boxship.build import dockerfile
+
+    try:
+        parsed = dockerfile.parse(text, context.shown)
+        dockerfile.plan(parsed, call.text("target"), _given(call), _platform(call), contexts=contexts)
+    except dockerfile.DockerfileError as error:
+        raise Exit(1, error.shown()) from None
+    return parsed
+
+
+def _given(call: Call) -> dict[str, str]:
+    return {name: value for name, value in _arguments(call).items() if value is not None}
+
+
+def _platform(call: Call) -> Any:
+    from boxship.images import platforms
+
+    return platforms.parse(call.text("platform")) if call.text("platform") else None
+
+
+def _check(call: Call, context: _Context, parsed: Any) -> int:
+    """Show what the checks find: 1 if there is something, as docker build --check answers."""
+    from boxship.build import dockerfile
+    from boxship.cli.show.table import write
+
+    environments = {}
+    stages = dockerfile.plan(parsed, "", _given(call), _platform(call), also=range(len(parsed.blocks)))
+    for image in {stage.image for stage in stages if stage.parent is None} - {dockerfile.SCRATCH}:
+        try:
+            shown = call.engine.send("GET", path(f"/images/{image}/json")).json()
+            environments[image] = dict(word.partition("=")[::2] for word in shown["Config"].get("Env") or [])
+        except BoxshipError:
+            continue  # without the image none of its variables is known: the check goes on without
+    rules = [] if context.where == "-" else context.ignored(context.where)
+    found = dockerfile.check(
+        parsed, call.text("target"), _given(call), _platform(call), environments=environments,
+        ignored=dockerfile.ignore.compile(rules))
+    for each in found:
+        write(f"{each.shown()}\nhint: {each.description}: {each.url}\n\n")
+    write(f"{len(found)} warning{'' if len(found) == 1 else 's'} found\n" if found else "Check complete, no warnings found.\n")
+    return 1 if found else 0
 
 
 def _follow(call: Call, response: Any) -> str:
@@ -367,6 +419,7 @@ cache-to stringArray | Where to export the cache (type=registry,ref=NAME or type
 cgroup-parent string | Set the parent cgroup of RUN's containers
 cpu-period int | Limit the CPU CFS period
 cpu-quota int | Limit the CPU CFS quota
+check | Only look for usual mistakes in the Dockerfile
 c,cpu-shares int | CPU shares (relative weight)
 cpuset-cpus string | CPUs in which to allow execution
 cpuset-mems string | MEMs in which to allow execution
