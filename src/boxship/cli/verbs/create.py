@@ -172,12 +172,22 @@ def keep_apart(call: Call, body: dict[str, Any]) -> None:
 
     if call.words[1:2] == ["--"]:
         body["Cmd"] = call.words[2:] or None
-    host = body["HostConfig"]
-    if not call.parsed.given & _NETWORKING:
+    given = call.parsed.given
+    own_defaults(
+        body["HostConfig"],
+        networked=bool(given & _NETWORKING),
+        sharing=bool(given & _SHARING),
+        own=address(call.environ)[1],
+    )
+
+
+def own_defaults(host: dict[str, Any], *, networked: bool, sharing: bool, own: bool) -> None:
+    """The same for a HostConfig: whether a network or a shared namespace was asked for, and whether the engine is ours."""
+    if not networked:
         host["NetworkMode"] = "none"
-        if address(call.environ)[1] and not call.parsed.given & _SHARING and _user_namespaces():
+        if own and not sharing and _user_namespaces():
             host["UsernsMode"] = host["CgroupnsMode"] = "private"
-    if not call.on("privileged") and not any(word.startswith("no-new-privileges") for word in call.all("security-opt")):
+    if not host["Privileged"] and not any(word.startswith("no-new-privileges") for word in host["SecurityOpt"] or []):
         host["SecurityOpt"] = [*(host["SecurityOpt"] or []), "no-new-privileges"]
 
 
