@@ -135,7 +135,11 @@ class Connection:
             try:
                 if kind == "unix":
                     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
-                    sock.connect(where)
+                    try:
+                        sock.connect(where)
+                    except OSError:
+                        sock.close()
+                        raise
                 elif kind in ("tcp", "http"):
                     sock = _connect_tcp(where)
                 else:
