@@ -45,7 +45,8 @@ class Own(Programs):
         self, argv: list[str], cwd: str, environ: dict[str, str], stdin: bytes, limit_s: float,
     ) -> tuple[int, bytes, bytes]:
         """Of Programs: in a fork of the spawner."""
-        environ = {**environ, SOCKET_VARIABLE: self._spawner}
+        # Only a shim of version 3 is asked to take the containers of its sandbox.
+        environ = {**environ, SOCKET_VARIABLE: self._spawner, "MAX_SHIM_VERSION": "3"}
         if argv[0] == self._program:
             answer = self._ask(argv, cwd, environ, stdin, limit_s)
             if answer is not None:
