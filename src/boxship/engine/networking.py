@@ -288,6 +288,20 @@ async def disconnect(core: Core, network: Network, container: Container, *, forc
         core.save(container)
 
 
+def unlink(core: Core, path: str) -> None:
+    """Take a link from a container: `CONTAINER/ALIAS`. Raises NotFound, InvalidArgument."""
+    name, _, alias = path.removeprefix("/").rpartition("/")
+    if not name:
+        raise InvalidArgument("Conflict, cannot remove the default link name of the container")
+    container = core.get(name)
+    links = container.host["Links"] or []
+    kept = [text for text in links if _link(text)[1] != alias]
+    if len(kept) == len(links):
+        raise NotFound(f"Cannot get parent /{container.name} for link name /{container.name}/{alias}")
+    container.host["Links"] = kept or None
+    core.save(container)
+
+
 # answers
 
 
@@ -327,6 +341,8 @@ def link_environment(core: Core, container: Container) -> list[str]:
         known = {**(other.config["ExposedPorts"] or {}), **(other.host["PortBindings"] or {})}
         made += _link_ports(address, prefix, sorted({ports.container_port(key) for key in known}))
         made.append(f"{prefix}_NAME=/{container.name}/{alias}")
+        given = [word.partition("=") for word in other.config["Env"] or []]
+        made += [f"{prefix}_ENV_{name}={value}" for name, _, value in given if name not in ("HOME", "PATH")]
     return made
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from aiohttp import WSMsgType, web
 
-from boxship.engine import create, hijack, logs, shapes, show, stats, validate
+from boxship.engine import create, hijack, logs, networking, shapes, show, stats, validate
 from boxship.engine.attach import chosen, serve, until_one_ends
 from boxship.engine.events import parse_filters
 from boxship.engine.http import VERSION, Routes, Stream, answer, body_of, encoded, flag, nothing, number
@@ -75,7 +75,8 @@ async def inspect_container(engine: Any, request: web.Request, name: str) -> web
 @routes.delete("/containers/{name}")
 async def remove_container(engine: Any, request: web.Request, name: str) -> web.StreamResponse:
     if flag(request, "link"):
-        raise Unsupported("links between containers")
+        networking.unlink(engine.core, name)
+        return nothing()
     container = engine.core.get(name)
     await whole(engine.life.remove(container, force=flag(request, "force"), with_volumes=flag(request, "v")))
     return nothing()
