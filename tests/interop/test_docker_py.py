@@ -87,8 +87,6 @@ def test_a_container_is_an_object_that_follows_its_life(client: Any) -> None:
         client.containers.get("lives")
 
 
-# docker-py reads the raw stream beside the buffer that its HTTP library read the head into: what has arrived with the head is lost.
-@pytest.mark.flaky(reruns=3)
 def test_exec_in_all_its_forms(client: Any) -> None:
     container = run(client, "sleep", "1000", detach=True)
     try:
@@ -109,7 +107,6 @@ def test_exec_in_all_its_forms(client: Any) -> None:
         container.remove(force=True)
 
 
-@pytest.mark.flaky(reruns=3)  # as above; moby leaves docker-py's own test of it out
 def test_logs_stream_and_attach(client: Any) -> None:
     container = run(client, "sh", "-c", "for i in 1 2 3; do echo $i; sleep 0.2; done", detach=True)
     assert b"".join(container.logs(stream=True, follow=True)) == b"1\n2\n3\n"

@@ -41,10 +41,13 @@ async def serve(
     detached = False
 
     async def output() -> None:
-        while (piece := await subscriber.get()) is not None:
+        piece = await subscriber.get()
+        await connection.settled()
+        while piece is not None:
             stream, data = piece
             connection.write(frame(stream, data) if multiplexed else data)
             await connection.drain()
+            piece = await subscriber.get()
 
     async def input_() -> None:
         nonlocal detached

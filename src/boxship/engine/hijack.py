@@ -11,6 +11,9 @@ is at its end; so the transport gets a protocol of ours.
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import termios
+import time
 from collections import deque
 from typing import Any
 
@@ -22,6 +25,7 @@ HEADERS: Any = web.RequestKey("headers", dict) if hasattr(web, "RequestKey") els
 RAW = "application/vnd.docker.raw-stream"
 MULTIPLEXED = "application/vnd.docker.multiplexed-stream"
 _HIGH = 1 << 16
+_HEAD_S = 0.05
 
 
 class Connection(asyncio.Protocol):
@@ -90,6 +94,23 @@ class Connection(asyncio.Protocol):
         """Queue bytes for the client; nothing happens when it is gone."""
         if not self.lost.is_set():
             self._transport.write(data)
+
+    async def settled(self) -> None:
+        """Wait until the client has taken the head of the answer off its socket, a twentieth of a second at most.
+
+        docker-py reads the head through a buffer and the stream beside it: what arrives together with the head is lost to it.
+        """
+        socket = self._transport.get_extra_info("socket")
+        end = time.monotonic() + _HEAD_S
+        while not self.lost.is_set() and time.monotonic() < end:
+            unread = bytearray(4)
+            try:
+                fcntl.ioctl(socket.fileno(), termios.TIOCOUTQ, unread)  # of a Unix socket: what the other side has not read
+            except OSError:
+                return  # closed meanwhile
+            if not any(unread) and not self._transport.get_write_buffer_size():
+                return
+            await asyncio.sleep(0.0005)
 
     async def drain(self) -> None:
         """Wait until the client has read enough."""

@@ -208,6 +208,7 @@ async def attach_container(engine: Any, request: web.Request, name: str) -> web.
     connection = hijack.hijack(request, hijack.MULTIPLEXED if multiplexed and request[VERSION] >= (1, 42) else hijack.RAW)
     engine.core.announce(container, "attach")
     if flag(request, "logs") and container.log_path:
+        await connection.settled()
         async for entries in logs.read(container.log_path, logs.Wanted(wanted), container.log):
             connection.write(logs.render(entries, multiplexed=multiplexed, timestamps=False, details=False))
             await connection.drain()
@@ -359,6 +360,7 @@ async def start_exec(engine: Any, request: web.Request, exec_id: str) -> web.Str
         await whole(engine.execs.start(found, options["ConsoleSize"]))
     except BoxshipError as error:
         text = f"{error}\r\n".encode()
+        await connection.settled()
         connection.write(text if not multiplexed else hijack.frame(2 if config["AttachStderr"] else 1, text))
     else:
         await engine.execs.attach(found, connection, subscriber, multiplexed=multiplexed)
