@@ -301,3 +301,13 @@ def test_the_cache_is_seen_and_pruned(builder: Builder) -> None:
     said = builder.box("builder", "prune", "-f", "-a")
     assert "Deleted build cache objects" in said and "Total reclaimed space" in said
     assert builder.build(f"FROM {NAME}\nRUN echo prune me > /x\n").count("Using cache") == 0
+
+
+def test_a_check_needs_no_engine(builder: Builder) -> None:
+    builder.file("Dockerfile", f"FROM {NAME} as one\nMAINTAINER me\nWORKDIR rel\n")
+    said = builder.box("build", "--check", builder.context, code=1, BOXSHIP_HOST="unix:///nowhere")
+    assert "Dockerfile:2" in said and "MaintainerDeprecated" in said and "warnings found" in said
+    builder.file("Dockerfile", f"FROM {NAME}\nRUN true\n")
+    assert "no warnings" in builder.box("build", "--check", builder.context, BOXSHIP_HOST="unix:///nowhere")
+    builder.file("Dockerfile", f"FROM {NAME}\nRUNN true\n")
+    assert "did you mean RUN" in builder.box("build", "--check", builder.context, code=1, BOXSHIP_HOST="unix:///nowhere")
