@@ -47,6 +47,8 @@ class Work(NamedTuple):
     """As with --privileged."""
     mounts: Sequence[dict[str, Any]]
     """As the runtime specification has them, in addition to the usual ones."""
+    base: str
+    """See State."""
     hosts: Sequence[str]
     """NAME:ADDRESS, for /etc/hosts."""
     limits: Limits

@@ -680,7 +680,7 @@ class Solver:
                 scope.channel.say(f" ---> Running in {name[:12]}\n")
                 code = await machine.runner.run(Work(
                     name, args, env, state.text("User"), state.workdir, network, instruction.security == "insecure", made,
-                    request.hosts, request.limits), rootfs, scope.channel.output)
+                    state.base, request.hosts, request.limits), rootfs, scope.channel.output)
                 if code:
                     shown_command = " ".join(args)
                     raise Failure(f"The command '{shown_command}' returned a non-zero code: {code}", instruction, code)

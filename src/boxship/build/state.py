@@ -35,7 +35,7 @@ class State:
     created: str = EPOCH
     author: str = ""
     base: str = ""
-    """Id of the image that it began with, for images whose files are not all in layers; "" for others."""
+    """Id of the image that it began with when that is the machine itself, whose programs are in no layer; "" for others."""
 
     @property
     def chain(self) -> str:

@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 from boxship.build import dockerfile as language
@@ -116,7 +116,9 @@ class _Bases:
             if not matcher.match(config.platform()):
                 continue
             pairs = zip(manifest.layers, config.rootfs.diff_ids, strict=True)
-            return of_image(json.loads(raw), [Layer(descriptor, diff_id) for descriptor, diff_id in pairs], platform)
+            state = of_image(json.loads(raw), [Layer(descriptor, diff_id) for descriptor, diff_id in pairs], platform)
+            machine = core.images.builtin.made_here(manifest.config.digest)
+            return replace(state, base=manifest.config.digest) if machine else state
         raise NotFound(f"No such image: {name} for {platforms.format(platform)}")
 
     async def _pull(self, name: str, platform: Platform, told: Callable[[Message], None]) -> None:

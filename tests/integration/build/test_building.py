@@ -311,3 +311,12 @@ def test_a_check_needs_no_engine(builder: Builder) -> None:
     assert "no warnings" in builder.box("build", "--check", builder.context, BOXSHIP_HOST="unix:///nowhere")
     builder.file("Dockerfile", f"FROM {NAME}\nRUNN true\n")
     assert "did you mean RUN" in builder.box("build", "--check", builder.context, code=1, BOXSHIP_HOST="unix:///nowhere")
+
+
+def test_a_stage_of_the_machine_itself(builder: Builder) -> None:
+    builder.file("a.txt", "b\na\n")
+    found = builder.files(
+        "FROM host AS tools\nCOPY a.txt /src/\nRUN sort /src/a.txt > /sorted && touch /usr/bin/new && test -e /usr/bin/new\n"
+        "FROM scratch\nCOPY --from=tools /sorted /\n")
+    assert set(found) == {"sorted"} and found["sorted"].size == 4
+    assert not Path("/usr/bin/new").exists()
