@@ -7,7 +7,7 @@ from pathlib import Path
 SRC = Path(__file__).parents[3] / "src"
 HEAVY = {
     "asyncio", "aiohttp", "grpc", "google", "logging", "subprocess", "threading", "socket", "selectors", "dataclasses", "inspect",
-    "pathlib", "tempfile", "random", "hashlib", "ssl", "sqlite3", "concurrent",
+    "pathlib", "tempfile", "random", "hashlib", "ssl", "sqlite3", "concurrent", "json", "re", "typing", "collections", "enum",
 }
 
 

@@ -19,7 +19,6 @@ with `publish` (SCM_RIGHTS). An answer has what was asked for, or {"error": text
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
 
 VERSION = 1
 MESSAGE_MAX = 128 << 10
@@ -27,17 +26,42 @@ SOCKET, LOCK, LOG = "socket", "lock", "log"
 PROTOCOLS = {"tcp": 6, "udp": 17, "sctp": 132}
 
 
-class PortMapping(NamedTuple):
-    """A port of the host that leads to one of a container."""
+class PortMapping(tuple[str, str, int, str, int]):
+    """A port of the host that leads to one of a container. A plain tuple in messages.
 
-    protocol: str
-    """tcp, udp or sctp."""
-    host_ip: str
-    """An address of the host, 0.0.0.0 or :: for all of that family."""
-    host_port: int
-    container_ip: str
-    """IPv4 or IPv6, whatever the family of the host's address."""
-    container_port: int
+    Not a NamedTuple: the helper does without typing and collections, which are half of what it would have to import.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, protocol: str, host_ip: str, host_port: int, container_ip: str, container_port: int) -> PortMapping:
+        """The container's address may be of another family than the host's."""
+        return super().__new__(cls, (protocol, host_ip, host_port, container_ip, container_port))
+
+    @property
+    def protocol(self) -> str:
+        """tcp, udp or sctp."""
+        return self[0]
+
+    @property
+    def host_ip(self) -> str:
+        """An address of the host, 0.0.0.0 or :: for all of that family."""
+        return self[1]
+
+    @property
+    def host_port(self) -> int:
+        """From 1."""
+        return self[2]
+
+    @property
+    def container_ip(self) -> str:
+        """IPv4 or IPv6."""
+        return self[3]
+
+    @property
+    def container_port(self) -> int:
+        """From 1."""
+        return self[4]
 
     def __str__(self) -> str:
         host = f"[{self.host_ip}]" if ":" in self.host_ip else self.host_ip

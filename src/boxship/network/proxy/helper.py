@@ -7,17 +7,16 @@ Spec: `boxship.network.proxy.control`.
 from __future__ import annotations
 
 import _socket
-import json
 import os
 import resource
 import sys
-from array import array
 
 from boxship.kit.errors import BoxshipError, InvalidArgument, from_os_error
 from boxship.kit.loop import IN, Inbox, Loop
 from boxship.network.dns.resolvers import Resolvers
 from boxship.network.proxy import control, ports
 from boxship.network.proxy.control import PortMapping
+from boxship.oci.text import dumps, loads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -81,10 +80,10 @@ class Helper:
             data, ancillary, _, _ = caller.recvmsg(control.MESSAGE_MAX, _socket.CMSG_SPACE(4))
             for level, kind, content in ancillary:
                 if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):
-                    fds += array("i", content)
+                    fds += [int.from_bytes(content[at : at + 4], sys.byteorder) for at in range(0, len(content) - 3, 4)]
             if not data:
                 raise ConnectionResetError
-            caller.send(json.dumps(self._answer(data, fds), separators=(",", ":")).encode())
+            caller.send(dumps(self._answer(data, fds)).encode())
         except BlockingIOError:
             pass
         except OSError:
@@ -100,8 +99,10 @@ class Helper:
     def _answer(self, data: bytes, fds: list[int]) -> dict[str, Any]:
         """Descriptors that are kept are taken out of `fds`."""
         try:
-            message = json.loads(data)
-            do = message.get("do")
+            message = loads(data, "message")
+            if not isinstance(message, dict):
+                raise InvalidArgument("malformed message: not an object")
+            do = str(message.get("do"))
             if do not in _COMMANDS:
                 raise InvalidArgument(f"{do}: no such command")
             return _COMMANDS[do](self, message, fds) or {}
