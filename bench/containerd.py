@@ -94,11 +94,12 @@ def large_layer() -> bytes:
 
 
 def pss_kib(pid: int) -> int:
-    """Proportional set size of a process."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1])
-    return 0
+    """Proportional set size of a process; 0 when it is over."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
 
 
 def rss_mib(pid: int) -> float:
@@ -214,8 +215,8 @@ class Bench:
             with ThreadPoolExecutor(8) as pool:
                 list(pool.map(lambda name, server=server: server.ctr("run", "--detach", SMALL, name, "sleep", "1000"), names))  # type: ignore[misc]
             took[server.name] = (time.perf_counter() - start) * 1000
-            time.sleep(1)
             pids = [int(line.split()[1]) for line in server.ctr("task", "ls").splitlines()[1:]]
+            time.sleep(1.5)  # being asked has woken them
             shims = {shim: None for pid in pids for shim in (parent(pid), *workers(parent(pid), set(pids)))}
             memory[server.name] = sum(pss_kib(shim) for shim in shims) / len(pids) / 1024
             resident[server.name] = rss_mib(server.process.pid)

@@ -6,7 +6,8 @@
  * all of its memory with the process that it was forked from.
  *
  *   holder → worker   struct ended: a child of the holder has ended, or (pid 0) the holder was sent a signal
- *   worker → holder   struct interest for each descriptor that goes with the message: keep these, I am about to end
+ *   worker → holder   struct interest for each descriptor that goes with the message: keep these, I am about to end;
+ *                     without descriptors struct title and a text: what ps(1) shall show
  *
  * Both ends of the socket pair stay open in the holder: what one worker has not read is read by the next.
  */
@@ -41,6 +42,11 @@ struct ended {
 struct interest {
 	uint16_t events; /* of poll(2), at which a worker is needed */
 	int16_t sink;    /* number of the descriptor that everything is to be spliced to, or -1 */
+};
+
+struct title {
+	uint64_t address; /* of the memory that ps(1) looks at, the same in both since one is a fork of the other */
+	uint64_t room;
 };
 
 struct holder {
@@ -88,24 +94,45 @@ static int reap(struct holder *h)
 	}
 }
 
+static void show(const char *data, size_t size)
+{
+	struct title title;
+	if (size < sizeof title)
+		return;
+	memcpy(&title, data, sizeof title);
+	size -= sizeof title;
+	if (title.room && size < title.room) {
+		char *shown = (char *)(uintptr_t)title.address;
+		memset(shown, 0, title.room);
+		memcpy(shown, data + sizeof title, size);
+	}
+	prctl(PR_SET_NAME, "containerd-shim", 0, 0, 0);
+}
+
 /* What the worker hands back. */
 static void take(struct holder *h)
 {
+	char data[4096];
 	union {
 		char space[CMSG_SPACE(sizeof h->fds)];
 		struct cmsghdr align;
 	} control;
-	struct iovec iov = {h->interests, sizeof h->interests};
+	struct iovec iov = {data, sizeof data};
 	struct msghdr message = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.space, .msg_controllen = sizeof control.space};
 	ssize_t size = recvmsg(h->ours, &message, MSG_CMSG_CLOEXEC);
 	struct cmsghdr *head = size > 0 ? CMSG_FIRSTHDR(&message) : NULL;
-	if (!head || head->cmsg_type != SCM_RIGHTS)
+	if (!head || head->cmsg_type != SCM_RIGHTS) {
+		if (size > 0)
+			show(data, (size_t)size);
 		return;
+	}
 	int count = (int)((head->cmsg_len - CMSG_LEN(0)) / sizeof(int));
 	memcpy(h->fds, CMSG_DATA(head), (size_t)count * sizeof(int));
 	h->count = count;
 	if ((message.msg_flags & MSG_CTRUNC) || (size_t)size != (size_t)count * sizeof(struct interest))
 		h->count = 0; /* out of descriptors, or nonsense: the holder ends with the worker */
+	else
+		memcpy(h->interests, data, (size_t)size);
 }
 
 static void drop(struct holder *h)

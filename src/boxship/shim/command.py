@@ -27,10 +27,8 @@ from boxship.kit.files import write_all, write_atomic
 from boxship.kit.user import run_folder, user_of
 from boxship.oci import text
 from boxship.shim import bundle as bundles
-from boxship.shim import main as shim
 from boxship.shim.bundle import Options
-from boxship.shim.forks import own, pack_environ, programs, unpack_environ
-from boxship.shim.log import Log
+from boxship.shim.forks import own, pack_environ, programs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -105,7 +103,7 @@ class Caller:
 
 class Answered:
     """What a call came to: its exit code, and (after a `start` that made one) the socket of the shim that is to be, with all that
-    it has to know (`be_shim`)."""
+    it has to know (`boxship.shim.main.run`)."""
 
     def __init__(self, code: int, listener: _socket.socket | None = None, birth: bytes = b"") -> None:
         self.code = code
@@ -185,7 +183,7 @@ class Start:
     Attributes:
         reply: for standard output.
         listener: of the new shim, or None.
-        birth: for `be_shim`.
+        birth: for `boxship.shim.main.run`.
     """
 
     def __init__(self, caller: Caller, flags: Flags) -> None:
@@ -227,28 +225,6 @@ class Start:
             "events": self._environ.get("TTRPC_ADDRESS", ""), "publish": (self._publish_binary, self._address),
             "oom": _oom_score(caller.pid), "cgroup": self._options.shim_cgroup, "environ": pack_environ(self._environ),
         })
-
-
-def be_shim(listener: _socket.socket, birth: bytes, own_runtime: OwnRuntime) -> None:
-    """In a fresh fork of the spawner: be the shim; returns when it has ended."""
-    know = marshal.loads(birth)
-    os.setsid()
-    os.umask(know["umask"])
-    log = Log(f"{know['bundle']}/log", debug=know["debug"])
-    _adjust_oom(know["oom"])
-    try:
-        shim.set_title(f"{SHIM} -namespace {know['namespace']} -id {know['id']} -address {know['publish'][1]}")
-    except OSError as error:
-        log.write("debug", f"the process keeps the spawner's name: {error}")
-    if know["cgroup"]:
-        try:
-            _enter_cgroup(know["cgroup"])
-        except (BoxshipError, OSError) as error:
-            log.write("error", f"failed to add shim to cgroup {know['cgroup']}: {error}")
-    environ = know["environ"]
-    if b"BOXSHIP_FAILPOINT=" in environ:
-        failpoint.load(unpack_environ(environ))
-    shim.run(listener, know["path"], log, know["namespace"], know["events"], know["publish"], own_runtime, environ)
 
 
 def bootstrap_params(given: bytes, id: str, namespace: str) -> Any | None:  # noqa: A002
@@ -345,29 +321,6 @@ def _oom_score(caller: int) -> int | None:
             return min(int(file.read()) + 1, _OOM_ADJ_MAX)
     except OSError:
         return None  # it is gone
-
-
-def _adjust_oom(wanted: int | None) -> None:
-    if wanted:
-        try:
-            fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
-            try:
-                os.write(fd, str(wanted).encode())
-            finally:
-                os.close(fd)
-        except OSError:
-            pass  # lowering it needs CAP_SYS_RESOURCE
-
-
-def _enter_cgroup(path: str) -> None:
-    from boxship.linux.cgroups import Cgroup
-    from boxship.linux.cgroups.limits import Limits
-
-    group = Cgroup.plan(path, "", systemd=False, rootless=os.geteuid() != 0)
-    if group is not None:
-        if not group.exists():
-            group.create(Limits())
-        group.add(os.getpid())
 
 
 # --- delete ---------------------------------------------------------------------------------------------------------

@@ -14,9 +14,12 @@ from boxship.oci import text
 class Log:
     """Lines are dropped while nobody reads: a shim waits for no log."""
 
-    def __init__(self, path: str, *, debug: bool) -> None:
+    def __init__(self, path: str, *, debug: bool, kept: int = -1) -> None:
+        """At `path`, unless there is a descriptor of it that was `kept`."""
         self.is_debug = debug
-        self._fd = -1
+        self._fd = kept
+        if kept >= 0:
+            return
         try:
             # For reading too: the daemon's end may come and go, and there shall be no error when it is gone.
             self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -34,6 +37,10 @@ class Log:
             os.write(self._fd, line.encode(errors="replace"))
         except OSError:
             pass  # full, since nobody reads
+
+    def fileno(self) -> int:
+        """The descriptor, -1 without one. While it is open the daemon reads no end of file."""
+        return self._fd
 
     def close(self) -> None:
         """No more lines."""

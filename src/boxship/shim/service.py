@@ -69,7 +69,7 @@ class TaskService:
         self._loop = loop
         self._children = children
         self._publisher = publisher
-        self._log = log
+        self.log = log
         self._namespace = namespace
         self._own_runtime = own_runtime
         self._own_inline = own_inline
@@ -143,7 +143,7 @@ class TaskService:
         return Runtime(
             options.binary, options.root_of(self._namespace), f"{bundle}/log.json", systemd_cgroup=options.systemd_cgroup,
             carrier=(own or self._own_runtime) if options.binary == bundles.OWN_RUNTIME else self._programs,
-            debug=self._log.is_debug)
+            debug=self.log.is_debug)
 
     def _quick(self, container: Container) -> Runtime:
         """For commands that take no time with this container, unless it is one of a pod: the others shall not wait at all."""
@@ -190,7 +190,7 @@ class TaskService:
                 container.oom = container.cgroup.oom_events()
                 self._watch_memory(container)
         except (BoxshipError, OSError) as error:
-            self._log.write("debug", f"out of memory is not watched: {error}", id=container.id)
+            self.log.write("debug", f"out of memory is not watched: {error}", id=container.id)
 
     def _undo_create(self, container: Container, mounted: bool) -> None:
         del self.containers[container.id]
@@ -200,7 +200,7 @@ class TaskService:
             try:
                 bundles.unmount_rootfs(container.bundle)
             except OSError as error:
-                self._log.write("warning", f"failed to cleanup rootfs mount: {error}", id=container.id)
+                self.log.write("warning", f"failed to cleanup rootfs mount: {error}", id=container.id)
 
     # --- start
 
@@ -285,13 +285,13 @@ class TaskService:
         try:
             bundles.write_exit(container.bundle, container.init.pid, *container.exit)
         except OSError as error:
-            self._log.write("error", f"the exit is not kept: {error}", id=container.id)
+            self.log.write("error", f"the exit is not kept: {error}", id=container.id)
         failpoint.hit("shim.exit.kept")
         if not container.private_pids and container.cgroup is not None:
             try:
                 container.cgroup.kill(_SIGKILL)
             except (BoxshipError, OSError) as error:
-                self._log.write("warning", f"failed to kill init's children: {error}", id=container.id)
+                self.log.write("warning", f"failed to kill init's children: {error}", id=container.id)
         self._tell_exit(container)
 
     def _tell_exit(self, container: Container) -> None:
@@ -424,7 +424,7 @@ class TaskService:
         try:
             bundles.unmount_rootfs(container.bundle)
         except OSError as error:
-            self._log.write("warning", f"failed to cleanup rootfs mount: {error}", id=container.id)
+            self.log.write("warning", f"failed to cleanup rootfs mount: {error}", id=container.id)
         failpoint.hit("shim.delete.unmounted")
         event = pb.events.TaskDelete(container_id=container.id, pid=init.pid, exit_status=init.exit_status)
         if init.exited_at:

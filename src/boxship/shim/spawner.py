@@ -5,9 +5,9 @@ with SIGKILL, it takes nobody with it.
 Spec: the message of `src/native/caller.h`: {version, argc, envc, umask} with descriptors 0, 1, 2, the folder, and a file of all
 strings, each with a NUL behind it; the answer is {EXIT, code}.
 
-What is asked for is done in a fork, so that the spawner itself reads nothing that a caller wrote, and a caller that stalls is
-alone with it. For a new shim that fork hands over the socket and what the shim has to know, and the spawner forks once more: the
-shim's memory is the spawner's, and none of what it took to read the request.
+For each caller the spawner forks a holder, and that a worker (`boxship.shim.main`): the worker reads the request, so that a
+caller that stalls is alone with it, and none of what that takes is in the memory that a new shim keeps. When nothing but an
+answer was asked for, both end with it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from _struct import Struct
 
 from boxship.kit import failpoint
 from boxship.kit.files import read_all
+from boxship.linux import _sys
 from boxship.shim import command
+from boxship.shim import main as shim
+from boxship.shim.handover import Contents
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,7 +39,6 @@ WORD = Struct("=iiii")
 EXIT = 5
 _FDS = 5
 _FILLINGS = 400
-_LAST_BIRTHS_MS = 1000
 _SIGCHLD, _SIG_IGN, _SIG_DFL = 17, 1, 0
 
 
@@ -85,10 +87,9 @@ class Spawner:
         self._listener = listener
         self._path = path
         self._own_runtime = own_runtime
-        self._births, self._tell = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
 
     def serve(self, stale: Callable[[], bool], idle_s: float = IDLE_S) -> None:
-        """Fork for every caller and every shim, until nobody came for a while, or the package is another one than was imported
+        """Fork for every caller, until nobody came for a while, or the package is another one than was imported
         (`stale`)."""
         import _signal  # type: ignore[import-not-found]
 
@@ -99,7 +100,6 @@ class Spawner:
         gc.disable()
         poll = select.poll()
         poll.register(self._listener.fileno(), select.POLLIN)
-        poll.register(self._births.fileno(), select.POLLIN)
         last = time.monotonic()
         while not stale():
             ready = poll.poll(idle_s * 1000 / 4)
@@ -110,26 +110,12 @@ class Spawner:
             last = time.monotonic()
             if stale():
                 break  # a caller whose connection nobody takes starts another spawner
-            for fd, _ in ready:
-                self._take(fd)
+            self._take()
         os.unlink(self._path)
-        poll.unregister(self._listener.fileno())
         self._listener.close()
-        # What was promised is kept: shims that were asked for before.
-        while poll.poll(_LAST_BIRTHS_MS):
-            self._take(self._births.fileno())
 
-    def _take(self, fd: int) -> None:
-        if fd == self._listener.fileno():
-            conn, _ = self._listener._accept()  # type: ignore[attr-defined]
-            self._fork(self._answer, [conn])
-        else:
-            _, ancillary, _, _ = self._births.recvmsg(1, _socket.CMSG_SPACE(8), _socket.MSG_CMSG_CLOEXEC)
-            given = [int.from_bytes(part[i : i + 4], "little") for _, _, part in ancillary for i in range(0, len(part), 4)]
-            if len(given) == 2:
-                self._fork(self._be_shim, given)
-
-    def _fork(self, work: Callable[[list[int]], None], given: list[int]) -> None:
+    def _take(self) -> None:
+        conn, _ = self._listener._accept()  # type: ignore[attr-defined]
         if os.fork() == 0:
             # The fork: whatever happens, it ends here and never goes on as a second spawner.
             try:
@@ -137,39 +123,47 @@ class Spawner:
 
                 _signal.signal(_SIGCHLD, _SIG_DFL)
                 self._listener.close()
-                self._births.close()
                 os.close(_lock)
-                work(given)
+                os.setsid()
+                self._work(*_sys.hold(conn))
             except BaseException:
                 sys.excepthook(*sys.exc_info())  # into SOCKET.log: nobody else hears of it
                 raise
             finally:
                 os._exit(0)
-        for fd in given:
-            os.close(fd)
+        os.close(conn)
 
-    def _answer(self, given: list[int]) -> None:
-        conn = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, given[0])
+    def _work(self, control: int, fds: list[int]) -> None:
+        """In a worker: the first of its holder has a caller, the others the state of the one before."""
+        if len(fds) > 1:
+            contents = Contents(fds)
+            shim.run(control, contents.state[0], self._own_runtime, contents.fd(1), contents)
+            return
+        start = self._answer(fds[0])
+        if start is not None:
+            assert start.listener is not None
+            shim.settle(control, start.birth)
+            shim.run(control, start.birth, self._own_runtime, start.listener.detach())
+
+    def _answer(self, fd: int) -> command.Answered | None:
+        """Do what the caller asks for; the answer when it is a new shim."""
+        conn = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd)
         caller = _read_caller(conn)
         if caller is None:
-            return
+            return None
         if caller.environ.get("BOXSHIP_FAILPOINT"):
             failpoint.load(dict(caller.environ))
         answered = command.answer(caller, self._own_runtime)
-        if answered.listener is not None:
-            birth = os.memfd_create("birth", os.MFD_CLOEXEC)
-            os.write(birth, answered.birth)
-            fds = Struct("=2i").pack(answered.listener.fileno(), birth)
-            self._tell.sendmsg([b"b"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fds)])
         failpoint.hit("shim.start.told")
-        conn.send(WORD.pack(EXIT, answered.code, 0, 0), _socket.MSG_NOSIGNAL)
-
-    def _be_shim(self, given: list[int]) -> None:
-        self._tell.close()
-        listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, given[0])
-        birth = os.pread(given[1], 1 << 21, 0)
-        os.close(given[1])
-        command.be_shim(listener, birth, self._own_runtime)
+        # Whoever reads the answer reads to its end, and that is when nobody has it open any more.
+        for each in (*caller.stdio, caller.cwd):
+            os.close(each)
+        try:
+            conn.send(WORD.pack(EXIT, answered.code, 0, 0), _socket.MSG_NOSIGNAL)
+        except OSError:
+            pass  # it is gone; whom it has told of the shim will come
+        conn.close()
+        return answered if answered.listener is not None else None
 
 
 def _read_caller(conn: _socket.socket) -> command.Caller | None:
