@@ -114,12 +114,13 @@ class Cache:
         records[wanted] = record._replace(used=now())
         return record
 
-    async def put(self, record: Record, below: list[Layer], call: Call) -> Record:
-        """Keep a result. `below`: the layers that its own lies on."""
+    async def put(self, record: Record, below: list[Layer] | None, call: Call) -> Record:
+        """Keep a result. `below`: the layers that its own lies on; None when they are not known here, as of an import."""
         records = await self._loaded()
         labels = {KEY: record.key, USED: now(), _ROOT: now()}
         if record.layer is not None:
             labels[f"{media.GC_CONTENT}.0"] = record.layer.descriptor.digest
+        if record.layer is not None and below is not None:
             chain = chain_ids([each.diff_id for each in (*below, record.layer)])[-1]
             labels[f"{media.GC_SNAPSHOT}{self._snapshotter}"] = chain
         raw = json.dumps(encode(record)).encode()

@@ -5,11 +5,11 @@ Runs in: the daemon, on its event loop. The engine carries it out (`boxship.engi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-Output = Callable[[int, bytes], None]
-"""Gets (1 for stdout, 2 for stderr, bytes)."""
+Output = Callable[[int, bytes], Awaitable[None]]
+"""Gets (1 for stdout, 2 for stderr, bytes); the step is held back until it returns."""
 
 
 class Limits(NamedTuple):

@@ -134,6 +134,8 @@ class Solver:
         self._tasks: dict[int, asyncio.Task[_Scope]] = {}
         self._stack = AsyncExitStack()
         self._trees: dict[str, asyncio.Future[Tree]] = {}
+        self.records: list[Record] = []
+        """What the steps came to, for the cache's export."""
         self._total = sum(1 + len(stage.instructions) for stage in self._stages) + len(request.labels and [1])
         self._numbers: dict[int, int] = {}
         count = 0
@@ -367,6 +369,7 @@ class Solver:
         for each in known:
             if await cache.find(each) is None:
                 await cache.put(found._replace(key=each), list(scope.state.layers), self._machine.layers.call)
+            self.records.append(found._replace(key=each))
         scope.state = scope.state.stepped(about, found.created, found.layer, **config)
 
     async def _workdir(self, scope: _Scope, path: str) -> None:

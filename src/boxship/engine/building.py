@@ -23,7 +23,7 @@ from boxship.build.tree import RootTree, normal, resolve
 from boxship.engine import shapes, spec
 from boxship.engine.core import LABEL, RUNC_V2, Core, packed
 from boxship.engine.create import SPEC_URL
-from boxship.engine.stdio import Streams
+from boxship.engine.stdio import STDERR, STDOUT, Streams, Subscriber
 from boxship.kit.errors import BoxshipError, DeadlineExceeded, InvalidArgument, NotFound, Unsupported, from_os_error
 from boxship.linux.roots import Root
 from boxship.network import Attachment, Sandbox, files
@@ -31,7 +31,6 @@ from boxship.network.manager import Subject
 from boxship.oci import users
 from boxship.oci.text import dumps
 
-_DRAIN_S = 2.0
 _HOSTNAME = "buildkitsandbox"
 """What programs that ask for it find in builds elsewhere."""
 
@@ -56,7 +55,8 @@ class StepRunner:
         core = self._core
         directory = f"{core.stdio}/{work.key}"
         streams = Streams(directory)
-        streams.write_log = output
+        attached = streams.subscribe(frozenset((STDOUT, STDERR)))
+        shown: asyncio.Task[None] | None = None
         upper = upper_directory(mounts)
         before: _Before | None = None
         sandbox: Sandbox | None = None
@@ -67,10 +67,15 @@ class StepRunner:
             await self._create(work, spec.build(config[0], config[1], list(work.args), inputs))
             try:
                 streams.open()
-                return await self._task(work, mounts, streams)
+                shown = asyncio.ensure_future(_passed_on(attached, output))
+                code = await self._task(work, mounts, streams)
+                await shown
+                return code
             finally:
                 await asyncio.shield(self._delete(work.key))
         finally:
+            if shown is not None:
+                shown.cancel()
             self._core.networks.release(work.key)
             streams.close()
             shutil.rmtree(directory, ignore_errors=True)
@@ -175,7 +180,6 @@ class StepRunner:
                 ended = await asyncio.wait_for(service.Wait(tasks.WaitRequest(container_id=work.key), call), limit)
             except TimeoutError:
                 raise DeadlineExceeded(f"the step took longer than {limit:g} seconds") from None
-            await streams.drain(_DRAIN_S)
             return int(ended.exit_status)
         finally:
             await asyncio.shield(self._end(work.key))
@@ -197,6 +201,12 @@ class StepRunner:
             await self._core.containerd.containers.Delete(containers.DeleteContainerRequest(id=key), self._core.call)
         except NotFound:
             pass
+
+
+async def _passed_on(attached: Subscriber, output: Output) -> None:
+    """All that the step writes, to its end, which comes with that of its last process."""
+    while (piece := await attached.get()) is not None:
+        await output(*piece)
 
 
 def _read(path: str) -> str:

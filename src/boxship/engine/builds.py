@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 from boxship.build import dockerfile as language
+from boxship.build import transfer
 from boxship.build.cache import Cache, Record
 from boxship.build.copying import Item, write_layer
 from boxship.build.fetch import CONTEXT_MAX, Fetcher, is_git, is_url, opened
@@ -33,8 +34,9 @@ from boxship.build.tree import Filtered, Memory, RootTree, Subtree, TarTree, Tre
 from boxship.engine.building import StepRunner
 from boxship.engine.core import Core
 from boxship.engine.images import DANGLING, familiar
-from boxship.engine.transfers import Transfers
+from boxship.engine.transfers import Transfers, credentials
 from boxship.images import platforms
+from boxship.images.auth import CredentialSource
 from boxship.images.pull import CONFIG_LIMIT, Flights, decode_config
 from boxship.images.service import blobs, from_message, to_message
 from boxship.images.store import read
@@ -58,6 +60,9 @@ class Wish:
     tags: tuple[str, ...] = ()
     remote: str = ""
     quiet: bool = False
+    cache_from: tuple[str, ...] = ()
+    cache_to: tuple[str, ...] = ()
+    """References of registries."""
     contexts: Mapping[str, str] = field(default_factory=dict)
     """Named contexts that are images or URLs."""
     registries: Mapping[str, Any] = field(default_factory=dict)
@@ -243,6 +248,13 @@ class Builds:
 
             async def work() -> None:
                 try:
+                    for name in wish.cache_from:
+                        try:
+                            count = await transfer.import_(
+                                core.snapshots.mover, layers, self.cache, name, self._credentials(wish, name))
+                            report.say(f"{count} results taken from the cache {name}\n")
+                        except BoxshipError as error:
+                            report.say(f"the cache {name} is left out: {error}\n")
                     state = await solver.solve()
                     built = await write_image(layers, state)
                     target = to_message(built.target)
@@ -251,6 +263,10 @@ class Builds:
                     if names:
                         await core.images.drop_dangling(target)
                     report.flush()
+                    for name in wish.cache_to:
+                        await transfer.export(
+                            core.snapshots.mover, layers, solver.records, name, self._credentials(wish, name))
+                        report.say(f"Exported the cache to {name}\n")
                     report.tell({"aux": {"ID": built.id}})
                     report.say(f"Successfully built {built.id[7:19]}\n")
                     for name in names:
@@ -272,6 +288,7 @@ class Builds:
             task = asyncio.ensure_future(work())
             try:
                 while (message := await report.queue.get()) is not None:
+                    report.taken()
                     if not wish.quiet or "aux" in message or "error" in message:
                         if wish.quiet and "error" in message:
                             for each in kept:
@@ -304,6 +321,12 @@ class Builds:
                     spool.seek(0)
                     while piece := await asyncio.to_thread(spool.read, 1 << 20):
                         yield piece
+
+    @staticmethod
+    def _credentials(wish: Wish, name: str) -> CredentialSource | None:
+        domain = reference.parse(name).domain
+        given = wish.registries.get(domain)
+        return credentials(base64.urlsafe_b64encode(json.dumps(given).encode()).decode(), domain) if given else None
 
     # upkeep
 
@@ -405,6 +428,19 @@ def json_object(text: str, what: str) -> dict[str, Any]:
         return {}
     if not isinstance(found, dict):
         raise InvalidArgument(f"invalid {what}: not an object")
+    return found
+
+
+def json_list(text: str, what: str) -> list[str]:
+    """A parameter that is a list of texts in JSON. Raises InvalidArgument."""
+    try:
+        found = json.loads(text) if text else []
+    except ValueError as error:
+        raise InvalidArgument(f"invalid {what}: {error}") from None
+    if found is None:
+        return []
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise InvalidArgument(f"invalid {what}: not a list of texts")
     return found
 
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from support.daemon import Daemon, daemon
+from support.docker_registry import Server
 from support.image import NAME, write_archive
 
 pytestmark = pytest.mark.root
@@ -320,3 +322,26 @@ def test_a_stage_of_the_machine_itself(builder: Builder) -> None:
         "FROM scratch\nCOPY --from=tools /sorted /\n")
     assert set(found) == {"sorted"} and found["sorted"].size == 4
     assert not Path("/usr/bin/new").exists()
+
+
+def test_the_cache_goes_by_way_of_a_registry(builder: Builder) -> None:
+    if shutil.which("docker-registry") is None:
+        pytest.skip("docker-registry is missing: apt-get install docker-registry")
+    server = Server(builder.folder, port=True)
+    try:
+        builder.file("f", "over the registry\n")
+        dockerfile = f"FROM {NAME}\nCOPY f /f\nRUN cat /f > /g\nRUN cat /f /g\n"
+        name = f"{server.address}/cache:1"
+        assert f"Exported the cache to {name}" in builder.build(dockerfile, "--cache-to", f"type=registry,ref={name}")
+        builder.box("builder", "prune", "-af")
+        said = builder.build(dockerfile, "--cache-from", name)
+        assert "3 results taken" in said and said.count("Using cache") == 3
+        said = builder.build(dockerfile, "--cache-from", f"{server.address}/none:1", "--cache-to", "type=local,dest=/x", code=1)
+        assert "type=registry" in said
+    finally:
+        server.stop()
+
+
+def test_a_step_that_writes_much_waits_for_its_reader(builder: Builder) -> None:
+    said = builder.build(f"FROM {NAME}\nRUN yes 0123456789012345678901234567890123456789 | head -n 300000\n", "--no-cache")
+    assert said.count("0123456789012345678901234567890123456789\n") == 300_000

@@ -414,8 +414,8 @@ FLAGS = """
 add-host stringArray | Add a custom host-to-IP mapping (host:ip)
 build-arg stringArray | Set build-time variables
 build-context stringArray | Additional build contexts (name=path)
-cache-from stringArray | Images or exported caches to take results from
-cache-to stringArray | Where to export the cache (type=registry,ref=NAME or type=local,dest=DIR)
+cache-from stringArray | Exported caches to take results from (type=registry,ref=NAME)
+cache-to stringArray | Where to export the cache (type=registry,ref=NAME)
 cgroup-parent string | Set the parent cgroup of RUN's containers
 cpu-period int | Limit the CPU CFS period
 cpu-quota int | Limit the CPU CFS quota

@@ -2,9 +2,9 @@
 
 Runs in: the daemon, on its event loop.
 Spec: Docker Engine API v1.51, ImageBuild, BuildPrune.
-Beyond it: the parameters `contexts` (JSON, named contexts), `nocachefilter`, `secrets` (a token), `steptimeout` and `pidslimit`;
-GET /build/files?image=ID, the files of an image as a tar; POST /build/secrets, by which secrets get here without being written
-anywhere.
+Beyond it: the parameters `contexts` (JSON, named contexts), `cacheto`, `nocachefilter`, `secrets` (a token), `steptimeout` and
+`pidslimit`; GET /build/files?image=ID, the files of an image as a tar; POST /build/secrets, by which secrets get here without
+being written anywhere.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from aiohttp import web
 
 from boxship.build.solve import Request
+from boxship.build.transfer import reference_of
 from boxship.engine import builds, times
 from boxship.engine.events import parse_filters
 from boxship.engine.http import Routes, Stream, answer, body_of, flag, number, progress
@@ -48,6 +49,8 @@ async def build(engine: Any, request: web.Request) -> web.StreamResponse:
         request=wanted, dockerfile=query.get("dockerfile") or "Dockerfile", tags=tuple(filter(None, query.getall("t", []))),
         remote=query.get("remote", ""), quiet=flag(request, "q"),
         contexts={name: str(value) for name, value in builds.json_object(query.get("contexts", ""), "contexts").items()},
+        cache_from=tuple(map(reference_of, builds.json_list(query.get("cachefrom", ""), "cachefrom"))),
+        cache_to=tuple(map(reference_of, builds.json_list(query.get("cacheto", ""), "cacheto"))),
         registries=builds.registries(request.headers.get("X-Registry-Config", "")))
     return await progress(request, engine.builds.build(wish, request.content.iter_chunked(1 << 20)))
 
