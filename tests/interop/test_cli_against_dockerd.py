@@ -103,6 +103,10 @@ def pair(stage: Stage, archive: Path) -> Iterator[Pair]:
         pair.docker("run", "-d", "--network=none", "--name", "up", "--label", "role=up", "busybox", "sleep", "1000")
         script = "echo out; echo err >&2; touch /new; exit 3"
         pair.run(theirs, ["run", "--network=none", "--name", "done", "busybox", "sh", "-c", script])
+        for name in ("v10", "v9"):
+            pair.docker("volume", "create", "--label", "of=test", name)
+        # Nothing of it is made on the machine.
+        pair.docker("network", "create", "--config-only", "--label", "of=test", "--subnet", "10.99.0.0/24", "configured")
         yield pair
         for name in pair.docker("ps", "-aq").split():
             pair.run(theirs, ["rm", "-f", name])
@@ -120,6 +124,11 @@ LISTS = [
     "logs done", "logs --tail 1 done", "logs -n 0 done", "logs --since 1h done", "logs --until 1h done", "inspect up", "inspect made busybox",
     "inspect -f {{.State.Status}} up made", "container inspect done", "image inspect busybox",
     "inspect -s made", "inspect --type image busybox", "inspect --type container busybox", "image inspect -f {{.Os}}/{{.Architecture}} busybox",
+    "network ls", "network ls -q", "network list --no-trunc", "network ls --format json", "network ls -f name=host", "network ls -f label=of=test",
+    "network inspect none configured", "network inspect -f {{.Name}}/{{.Driver}} host", "network ls --format {{.Name}}|{{.IPv4}}|{{.IPv6}}|{{.Internal}}|{{.Labels}}",
+    "network ls --format {{.CreatedAt}}", "volume ls", "volume ls -q", "volume list --format json", "volume ls -f label=of=test", "volume ls -f name=v9",
+    "volume inspect v9 v10", "volume inspect -f {{.Name}}{{.Labels}} v10", "volume ls --format {{.Name}}|{{.Mountpoint}}|{{.Scope}}|{{.Size}}",
+    "volume create v9", "volume create --name v9", "network rm -f nope", "volume rm -f nope", "network prune -f --filter label=no", "volume prune -f --filter label=no",
     "stats --no-stream nope", "wait done", "wait done nope", "info --format {{.Driver}}", "version --format {{.Server.Version}}", "info -f {{.NCPU}}",
 ]
 
@@ -162,6 +171,12 @@ def test_templates_of_inspect(pair: Pair, template: str) -> None:
     "system nosuch", "image nosuch", "login", "run --add-host x busybox", "run --device : busybox", "run --env-file /nope busybox", "start -a made up",
     "container prune --filter x", "inspect --type nope up", "kill --signal NOPE up", "run --shm-size x busybox", "run --health-interval x busybox",
     "run --no-healthcheck --health-cmd x busybox", "ps -f foo=bar", "logs --since x up", "import /nope", "run --label",
+    "network ls x", "network create", "network create a b", "network rm", "network rm nope nada", "network inspect nope", "network connect none", "network nosuch",
+    "network connect nope up", "network connect none nope", "network connect host up", "network disconnect nope up", "network disconnect host up", "network create none",
+    "network create --subnet x n", "network create --gateway 10.0.0.1 n", "network create --subnet 10.0.0.0/24 --gateway 10.1.0.1 n", "network prune --filter x",
+    "network create --subnet 10.0.0.0/24 --subnet 10.0.0.0/16 n", "network create --driver nope n", "network rm host", "volume rm", "volume rm nope", "volume nosuch",
+    "volume inspect nope", "volume create --name a b", "volume create --driver nope v", "volume ls -f x", "volume ls -f foo=bar", "volume create a/b",
+    "network ls -f foo=bar", "volume prune x",
     "run --sysctl", "run -a nope busybox", "run --gpus", "wait nope", "pause nope", "restart nope", "create",
 ])
 def test_mistakes(pair: Pair, words: str) -> None:

@@ -18,6 +18,7 @@ VERBS = {
     "attach": ("start", "Attach local standard input, output, and error streams to a running container"),
     "build": ("build", "Build an image from a Dockerfile"),
     "commit": ("files", "Create a new image from a container's changes"),
+    "completion": ("completion", "Print what bash, fish or zsh need to complete boxship's words"),
     "cp": ("files", "Copy files and folders between a container and the local file system"),
     "create": ("start", "Create a new container"),
     "diff": ("files", "Show changes to files and directories of a container's file system"),
@@ -107,6 +108,22 @@ GROUPS = {
             "prune": "image prune",
         },
     ),
+    "network": (
+        "Manage networks",
+        {
+            **{name: f"network {name}" for name in ("connect", "create", "disconnect", "inspect", "ls", "prune", "rm")},
+            "list": "network ls",
+            "remove": "network rm",
+        },
+    ),
+    "volume": (
+        "Manage volumes",
+        {
+            **{name: f"volume {name}" for name in ("create", "inspect", "ls", "prune", "rm")},
+            "list": "volume ls",
+            "remove": "volume rm",
+        },
+    ),
     "system": ("Manage the engine", {
         "check": "system check", "df": "system df", "events": "events", "info": "info", "prune": "system prune"}),
 }
@@ -114,10 +131,23 @@ GROUPS = {
 
 MORE = {
     "builder prune": ("build", "Remove build cache"),
+    "__complete": ("completion", "Answer a shell's question"),
     "container inspect": ("inspect", "Display detailed information on one or more containers"),
     "container prune": ("prune", "Remove all stopped containers"),
     "image inspect": ("inspect", "Display detailed information on one or more images"),
     "image prune": ("prune", "Remove unused images"),
+    "network connect": ("networks", "Connect a container to a network"),
+    "network create": ("networks", "Create a network"),
+    "network disconnect": ("networks", "Disconnect a container from a network"),
+    "network inspect": ("inspect", "Display detailed information on one or more networks"),
+    "network ls": ("networks", "List networks"),
+    "network prune": ("prune", "Remove all unused networks"),
+    "network rm": ("networks", "Remove one or more networks"),
+    "volume create": ("volumes", "Create a volume"),
+    "volume inspect": ("inspect", "Display detailed information on one or more volumes"),
+    "volume ls": ("volumes", "List volumes"),
+    "volume prune": ("prune", "Remove unused local volumes"),
+    "volume rm": ("volumes", "Remove one or more volumes"),
     "system check": ("system", "Check that metadata, content and snapshots agree"),
     "system df": ("system", "Show how much disk space is used"),
     "system prune": ("prune", "Remove unused data"),
@@ -170,6 +200,9 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         return _guarded(word, lambda: _doctor(arguments[1:]))
     if word in GROUPS:
         return _group(word, arguments[1:], environ)
+    if word == "__complete":
+        # What is completed has flags too: none of them is this command's.
+        return _verb(word, word, ["--", *arguments[1:]], environ)
     if word in VERBS:
         return _verb(word, word, arguments[1:], environ)
     complain(f"boxship: unknown command: boxship {word}\n\nRun 'boxship --help' for more information")
@@ -214,8 +247,9 @@ def _group(group: str, words: Sequence[str], environ: Mapping[str, str]) -> int:
         return 0
     target = members.get(words[0])
     if target is None:
+        more = " COMMAND" if group == "volume" else ""  # as docker says it
         complain(
-            f"boxship: unknown command: boxship {group} {words[0]}\n\nUsage:  boxship {group}\n\n"
+            f"boxship: unknown command: boxship {group} {words[0]}\n\nUsage:  boxship {group}{more}\n\n"
             f"Run 'boxship {group} --help' for more information"
         )
         return 1

@@ -270,7 +270,7 @@ def _refusal(response: Response) -> ApiError:
     if body.strip().startswith(b"{"):
         document = text.loads(body, "the engine's answer")
         if isinstance(document, dict):
-            message = str(document.get("message") or "")
+            message = str(document.get("message") or "").strip()
     message = message or body.decode("utf-8", "replace").strip()
     return ApiError(response.status, message or f"request returned status {response.status}")
 

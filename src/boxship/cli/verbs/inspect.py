@@ -1,4 +1,4 @@
-"""Low-level information: inspect, container inspect, image inspect.
+"""Low-level information: inspect, and container, image, network and volume inspect.
 
 Runs in: the boxship command.
 Spec: docker inspect; Docker Engine API, /containers/{id}/json, /images/{name}/json and the other kinds'.
@@ -120,6 +120,22 @@ platform string |
 size |
 platform string | Inspect this platform's image
 """,
+        least=1,
+        most=MANY,
+    ),
+    "network inspect": Command(
+        " [OPTIONS] NETWORK [NETWORK...]",
+        "Display detailed information on one or more networks",
+        lambda call: _show(call, lambda name: _get(call, "network", name)),
+        _FLAGS + "v,verbose | Verbose output for diagnostics\n",
+        least=1,
+        most=MANY,
+    ),
+    "volume inspect": Command(
+        " [OPTIONS] VOLUME [VOLUME...]",
+        "Display detailed information on one or more volumes",
+        lambda call: _show(call, lambda name: _get(call, "volume", name)),
+        _FLAGS,
         least=1,
         most=MANY,
     ),

@@ -13,6 +13,7 @@ from boxship.cli.command import Command, Exit
 from boxship.cli.http.client import ApiError, path
 from boxship.cli.show import units
 from boxship.cli.show.table import write
+from boxship.kit.errors import InvalidArgument
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,6 +78,33 @@ def image_prune(call: Call) -> int:
     return 0
 
 
+def network_prune(call: Call) -> int:
+    """`boxship network prune`."""
+    text = "WARNING! This will remove all custom networks not used by at least one container.\nAre you sure you want to continue?"
+    _confirm(call, text, "network")
+    found, _ = _prune(call, "networks", call.filters())
+    if found.get("NetworksDeleted"):
+        write("Deleted Networks:\n" + "".join(f"{name}\n" for name in found["NetworksDeleted"]) + "\n")
+    return 0
+
+
+def volume_prune(call: Call) -> int:
+    """`boxship volume prune`."""
+    filters = call.filters()
+    if call.on("all"):
+        if "all" in filters:
+            raise InvalidArgument("conflicting options: cannot specify both --all and --filter all=1")
+        filters["all"] = {"true": True}
+    what = "all" if call.on("all") else "anonymous"
+    text = f"WARNING! This will remove {what} local volumes not used by at least one container."
+    _confirm(call, f"{text}\nAre you sure you want to continue?", "volume")
+    found, space = _prune(call, "volumes", filters)
+    if found.get("VolumesDeleted"):
+        write("Deleted Volumes:\n" + "".join(f"{name}\n" for name in found["VolumesDeleted"]) + "\n")
+    write(f"Total reclaimed space: {units.size(space)}\n")
+    return 0
+
+
 def system_prune(call: Call) -> int:
     """`boxship system prune`."""
     images = "all images without at least one container associated to them" if call.on("all") else "all dangling images"
@@ -131,6 +159,13 @@ COMMANDS = {
     "container prune": Command(" [OPTIONS]", "Remove all stopped containers", container_prune, _FLAGS),
     "image prune": Command(
         " [OPTIONS]", "Remove unused images", image_prune, _FLAGS + "a,all | Remove all unused images, not just dangling ones\n"
+    ),
+    "network prune": Command(" [OPTIONS]", "Remove all unused networks", network_prune, _FLAGS),
+    "volume prune": Command(
+        " [OPTIONS]",
+        "Remove unused local volumes",
+        volume_prune,
+        _FLAGS + "a,all | Remove all unused volumes, not just anonymous ones\n",
     ),
     "system prune": Command(
         " [OPTIONS]",
