@@ -34,7 +34,7 @@ VERBS = {
     "load": ("archives", "Load images from a tar archive or STDIN"),
     "login": ("account", "Authenticate to a registry"),
     "logout": ("account", "Log out from a registry"),
-    "logs": ("logs", "Show the logs of a container"),
+    "logs": ("logs", "Show the logs of one or more containers"),
     "pause": ("lifecycle", "Pause all processes within one or more containers"),
     "port": ("lifecycle", "List port mappings of a container"),
     "ps": ("ps", "List containers"),
