@@ -63,7 +63,10 @@ class Item(NamedTuple):
 
 
 def take(tree: Tree, pattern: str, what: str = "", *, parents: bool = False) -> list[Taken]:
-    """The files that a source of COPY names. Raises NotFound when there is none. `what`: the tree's name for the text."""
+    """The files that a source of COPY names: none for a pattern that matches nothing, as BuildKit has it.
+
+    Raises NotFound for a name that is not there. `what`: the tree's name for the text.
+    """
     pivot = ""
     if parents and "/./" in f"{pattern}/":
         pivot, _, pattern = pattern.partition("/./")
@@ -81,8 +84,6 @@ def take(tree: Tree, pattern: str, what: str = "", *, parents: bool = False) -> 
         node = tree.node(path)
         if node is not None:
             found.append(Taken(tree, path, node, path[len(pivot):].strip("/") if parents else path.rpartition("/")[2]))
-    if not found:
-        raise NotFound(f"COPY failed: no source files were specified: nothing in {what or 'the build context'} matches {pattern}")
     return found
 
 

@@ -374,15 +374,19 @@ class Solver:
 
     async def _workdir(self, scope: _Scope, path: str) -> None:
         state, layers = scope.state, self._machine.layers
+        user = state.text("User")
+
+        def items(below: Tree | None) -> list[Item]:
+            uid, gid = owner(user, below) if user else (None, None)
+            return make_directory(below, path, Options(uid, gid, mtime=self._now_ns()))
 
         async def make() -> Layer | None:
             async with layers.view(state.layers) as root:
-                options = Options(mtime=self._now_ns())
                 below = RootTree(root) if root is not None else None
-                items = await in_thread(lambda: make_directory(below, path, options))
-            return await self._written(items)
+                made = await in_thread(lambda: items(below))
+            return await self._written(made)
 
-        await self._layered(scope, f"WORKDIR {path}", [key("workdir", 1, state.chain, path, self._request.epoch)], make,
+        await self._layered(scope, f"WORKDIR {path}", [key("workdir", 2, state.chain, path, user, self._request.epoch)], make,
                             WorkingDir=path)
 
     def _now_ns(self) -> int:
@@ -736,6 +740,8 @@ class Solver:
             chain = await layers.ensure(origin.layers)
         else:
             taken = await in_thread(lambda: take(origin, inner))
+            if not taken:
+                raise NotFound(f"--mount: nothing in the build context matches {inner}")
             items = await in_thread(lambda: place(taken, None, "/", Options(uid=0, gid=0)))
             layer = await self._written(items)
             chain = await layers.ensure([layer]) if layer is not None else ""

@@ -94,7 +94,7 @@ class State:
 
 def scratch(platform: Platform) -> State:
     """FROM scratch."""
-    return State(platform, {"Env": [f"PATH={DEFAULT_PATH}"]})
+    return State(platform, {"Env": [f"PATH={DEFAULT_PATH}"], "WorkingDir": "/"})
 
 
 def of_image(document: Mapping[str, Any], layers: Sequence[Layer], platform: Platform) -> State:
