@@ -43,7 +43,8 @@ build: $(STAMPS)/native  ## boxship and boxrun into .venv/bin
 
 clean:  ## remove everything that was made
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	rm -f src/boxship/linux/_sys.abi3.so src/boxship/runtime/_init src/boxship/engine/docker-init
+	rm -f src/boxship/linux/_sys.abi3.so src/boxship/runtime/_init src/boxship/engine/docker-init \
+		src/boxship/network/proxy/_relay.abi3.so
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # `python -m venv --clear` would throw away what a half-made environment has; that is the wish here.

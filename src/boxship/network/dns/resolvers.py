@@ -17,6 +17,7 @@ from __future__ import annotations
 import _socket
 import _thread
 import os
+import time
 
 from boxship.kit.errors import BoxshipError, InvalidArgument
 from boxship.kit.loop import IN, Loop
@@ -305,8 +306,9 @@ class _Stream:
         self._connection = connection
         self._received = b""
         self._open = True
+        self._used_s = time.monotonic()
         loop.add(connection.fileno(), IN, self._read)
-        self._timer: Timer = loop.after(STREAM_IDLE_S, self.close)
+        self._timer: Timer = loop.after(STREAM_IDLE_S, self._look)
 
     def close(self) -> None:
         """Nothing happens the second time."""
@@ -328,7 +330,7 @@ class _Stream:
         if not data:
             self.close()
             return
-        self._wait()
+        self._used_s = time.monotonic()
         self._received += data
         while self._open and len(self._received) >= 2:
             size = int.from_bytes(self._received[:2])
@@ -348,8 +350,11 @@ class _Stream:
         if sent < len(data):
             self.close()  # it asks and does not read
         else:
-            self._wait()
+            self._used_s = time.monotonic()
 
-    def _wait(self) -> None:
-        self._timer.cancel()
-        self._timer = self._loop.after(STREAM_IDLE_S, self.close)
+    def _look(self) -> None:
+        left_s = self._used_s + STREAM_IDLE_S - time.monotonic()
+        if left_s <= 0:
+            self.close()
+        else:
+            self._timer = self._loop.after(left_s, self._look)

@@ -51,6 +51,8 @@ class Proxy:
         self._ports: dict[PortMapping, None] = {}
         self._tellers: list[Callable[[], Iterable[Message]]] = [self._tell_ports]
         self._closing = threading.Event()
+        self._connected = threading.Event()
+        """Set once there is something to watch, and at the end."""
 
     # ports
 
@@ -66,8 +68,7 @@ class Proxy:
         Raises BoxshipError with dockerd's text when the port is in use, Unsupported when the kernel lacks the protocol.
         """
         with self.lock:
-            self._connect()
-            self._exchange([{"do": "publish", "port": mapping}], [] if listener is None else [listener.fileno()])
+            self._do({"do": "publish", "port": mapping}, [] if listener is None else [listener.fileno()])
             self._ports[mapping] = None
 
     def withdraw(self, mapping: PortMapping) -> None:
@@ -109,8 +110,7 @@ class Proxy:
     def call(self, message: Message) -> Message:
         """One message, one answer. Raises BoxshipError as the helper says."""
         with self.lock:
-            self._connect()
-            return self._exchange([message], [])[0]
+            return self._do(message, [])
 
     def tell(self, messages: Iterable[Message]) -> None:
         """Many messages; what fails is logged. Raises BoxshipError when there is no helper."""
@@ -125,6 +125,7 @@ class Proxy:
     def close(self) -> None:
         """Let the helper be: it goes on with what it serves."""
         self._closing.set()
+        self._connected.set()
         with self.lock:
             self._drop()
 
@@ -134,7 +135,7 @@ class Proxy:
             self._ports.clear()
             if self.running():
                 try:
-                    self.call({"do": "stop"})
+                    self._exchange([{"do": "stop"}], [])
                 except Unavailable:
                     pass  # it may be gone before it has answered
             self.close()
@@ -143,6 +144,15 @@ class Proxy:
                 self._process = None
 
     # the connection
+
+    def _do(self, message: Message, fds: list[int]) -> Message:
+        """All that can be asked for may be asked for twice; so that a helper that ends meanwhile is nobody's trouble, it is."""
+        self._connect()
+        try:
+            return self._exchange([message], fds)[0]
+        except Unavailable:
+            self._connect()
+            return self._exchange([message], fds)[0]
 
     def _connect(self) -> None:
         """A helper is there and knows everything."""
@@ -183,6 +193,7 @@ class Proxy:
             if self._told and hello["instance"] != self._told:
                 self._tell([message for teller in self._tellers for message in teller()])
             self._told = str(hello["instance"])
+            self._connected.set()
         except (OSError, Unavailable):
             self._drop()
             made.close()
@@ -230,6 +241,10 @@ class Proxy:
 
     def _drop(self) -> None:
         if self._socket is not None:
+            try:
+                self._socket.shutdown(socket.SHUT_RDWR)  # wakes the one that watches
+            except OSError:
+                pass  # the other side is gone already
             self._socket.close()
             self._socket = None
 
@@ -272,30 +287,35 @@ class Proxy:
 
     def _watch(self) -> None:
         while not self._closing.is_set():
+            self._connected.wait()
             with self.lock:
                 watched = self._socket
                 fd = -1 if watched is None else os.dup(watched.fileno())
-            if fd < 0:
-                self._closing.wait(0.5)
-                continue
-            try:
+            if fd >= 0:
                 poll = select.poll()
                 poll.register(fd, 0)  # its end alone, which is always told of
-                ended = poll.poll(2000)
-            finally:
+                poll.poll()
                 os.close(fd)
-            if not ended or self._closing.is_set():
-                continue
-            with self.lock:
-                if self._socket is watched:
-                    self._drop()
-                try:
-                    if any(True for teller in self._tellers for message in teller() if message["do"] not in ("begin", "end")):
-                        log.warning("the network helper has ended; another one is started")
-                        self._connect()
-                except BoxshipError as error:
-                    log.error("%s", error)
-                    self._closing.wait(1.0)
+            if not self._closing.is_set():
+                self._replace(watched)
+
+    def _replace(self, ended: socket.socket | None) -> None:
+        """Start another helper when there is something for it to do."""
+        with self.lock:
+            if ended is not None and self._socket is ended:
+                self._drop()
+            if self._socket is not None:
+                return
+            try:
+                if any(message["do"] not in ("begin", "end") for teller in self._tellers for message in teller()):
+                    log.warning("the network helper has ended; another one is started")
+                    self._connect()
+                else:
+                    self._connected.clear()
+                return
+            except BoxshipError as error:
+                log.error("%s", error)
+        self._closing.wait(1.0)
 
 
 def _ended(connected: socket.socket) -> bool:
