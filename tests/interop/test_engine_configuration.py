@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -99,6 +100,36 @@ def test_a_context_leads_to_it(stage: Stage, folder: Path) -> None:
     docker = ["docker", "--config", folder / "contexts"]
     stage.run(*docker, "context", "create", "far", "--docker", endpoint)
     assert stage.out(*docker, "--context", "far", "run", "--rm", "--network=none", NAME, "echo", "here") == "here"
+
+
+def test_our_own_command_speaks_tls_and_follows_contexts(stage: Stage, folder: Path) -> None:
+    boxship = str(Path(sys.executable).with_name("boxship"))
+    own = folder / "own"
+    own.mkdir()
+    for theirs, name in (("ca", "ca"), ("client", "cert"), ("client-key", "key")):
+        shutil.copy(folder / f"{theirs}.pem", own / f"{name}.pem")
+    text = "b\na\n" * 50_000
+    run = ["run", "--rm", "--interactive", "--network=none", NAME, "sort"]
+    address = {"DOCKER_HOST": f"tcp://127.0.0.1:{PORT}", "DOCKER_CERT_PATH": str(own)}
+    done = stage.run(boxship, "--tlsverify", *run, text=text, env=address)
+    assert done.stdout == "a\n" * 50_000 + "b\n" * 50_000
+    refused = stage.run(boxship, "version", check=False, env=address)
+    assert refused.returncode == 1  # without TLS
+    (own / "ca.pem").write_text((folder / "guest.pem").read_text())
+    refused = stage.run(boxship, "--tlsverify", "version", check=False, env=address)
+    assert refused.returncode == 1
+    assert "certificate" in refused.stderr.lower()
+    (own / "ca.pem").unlink()
+    assert "ca.pem: no such file" in stage.run(boxship, "--tlsverify", "version", check=False, env=address).stderr
+    # Of a context, as docker wrote it down.
+    endpoint = f"host=tcp://127.0.0.1:{PORT},ca={folder}/ca.pem,cert={folder}/client.pem,key={folder}/client-key.pem"
+    config = folder / "contexts-of-both"
+    stage.run("docker", "--config", config, "context", "create", "near", "--docker", endpoint)
+    settings = {"DOCKER_CONFIG": str(config)}
+    assert stage.run(boxship, "--context", "near", "run", "--rm", "--network=none", NAME, "echo", "here", env=settings).stdout == "here\n"
+    stage.run("docker", "--config", config, "context", "use", "near")
+    assert stage.run(boxship, "version", "--format", "{{.Server.Version}}", env=settings).stdout
+    assert 'context "gone": context not found' in stage.run(boxship, "ps", check=False, env={**settings, "DOCKER_CONTEXT": "gone"}).stderr
 
 
 def test_the_socket_belongs_to_the_group(folder: Path) -> None:

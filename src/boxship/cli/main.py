@@ -180,14 +180,22 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
             return 0
         if first in ("--help",):
             break
-        if name in ("-H", "--host"):
+        if name in ("-H", "--host", "-c", "--context"):
             if not equals and len(arguments) < 2:
                 complain(f"flag needs an argument: {name}")
                 return 125
-            environ["BOXSHIP_HOST"] = value if equals else arguments[1]
+            given = value if equals else arguments[1]
+            if name in ("-c", "--context"):
+                environ["DOCKER_CONTEXT"] = given
+                environ.pop("DOCKER_HOST", None)  # what is said here counts more
+                environ.pop("BOXSHIP_HOST", None)
+            else:
+                environ["BOXSHIP_HOST"] = given
             del arguments[: 1 if equals else 2]
             continue
-        if first in ("-D", "--debug"):
+        if first in ("-D", "--debug", "--tls", "--tlsverify"):
+            if first != "-D" and first != "--debug":
+                environ["DOCKER_TLS" if first == "--tls" else "DOCKER_TLS_VERIFY"] = "1"
             del arguments[0]
             continue
         kind = f"unknown flag: {name}" if first.startswith("--") else f"unknown shorthand flag: '{first[1]}' in {first}"
@@ -222,7 +230,10 @@ def _help(words: Sequence[str], environ: Mapping[str, str]) -> int:
     for title, lines in (("Commands", sorted(rows + own)), ("Management Commands", groups)):
         text += f"\n{title}:\n" + "".join(f"  {name:<11} {about}\n" for name, about in lines)
     text += (
-        "\nGlobal Options:\n  -H, --host string   The engine's address: unix://PATH or tcp://HOST:PORT\n"
+        "\nGlobal Options:\n  -c, --context string\n                      The engine of a context of docker's\n"
+        "  -H, --host string   The engine's address: unix://PATH or tcp://HOST:PORT\n"
+        "      --tls           Use TLS for tcp://, with the certificates of DOCKER_CERT_PATH or ~/.docker\n"
+        "      --tlsverify     Use TLS and verify the engine\n"
         "  -v, --version       Print the version\n\nRun 'boxship COMMAND --help' for more information on a command.\n"
     )
     os.write(1, text.encode())

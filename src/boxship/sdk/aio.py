@@ -13,8 +13,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from boxship.cli.http.client import ConnectFailed
-from boxship.cli.http.where import address, connect
-from boxship.kit.errors import BoxshipError, NotFound, Unavailable
+from boxship.cli.http.where import address, certificates, connect
+from boxship.kit.errors import BoxshipError, NotFound, Unavailable, Unsupported
 from boxship.sdk import steps, wire
 from boxship.sdk.errors import CommandFailed
 from boxship.sdk.models import ExecResult, Image, Network, State, Volume
@@ -85,6 +85,8 @@ class Client:
 
     async def _where(self) -> str:
         where, own = address(self._environ)
+        if not where.startswith("unix:") and certificates(self._environ) is not None:
+            raise Unsupported("boxship.aio does not speak TLS", "boxship.Client does")
         if own and not self._started:
             try:
                 (await asyncio.to_thread(connect, self._environ)).close()

@@ -119,11 +119,22 @@ class Response:
         return text.loads(body, "the engine's answer") if body.strip() else None
 
 
-class Connection:
-    """One connection to the engine at `address` (`unix://PATH` or `tcp://HOST:PORT`)."""
+class Certificates:
+    """The files of TLS: ca.pem, cert.pem and key.pem in a folder; `verify`: the engine must prove who it is."""
 
-    def __init__(self, address: str) -> None:
+    __slots__ = ("folder", "verify")
+
+    def __init__(self, folder: str, *, verify: bool) -> None:
+        self.folder = folder
+        self.verify = verify
+
+
+class Connection:
+    """One connection to the engine at `address` (`unix://PATH` or `tcp://HOST:PORT`, with `certificates` by TLS)."""
+
+    def __init__(self, address: str, certificates: Certificates | None = None) -> None:
         self.address = address
+        self.certificates = certificates
         self.head = False
         self._socket: _socket.socket | None = None
         self._buffer = b""
@@ -142,6 +153,10 @@ class Connection:
                         raise
                 elif kind in ("tcp", "http"):
                     sock = _connect_tcp(where)
+                    if self.certificates is not None:
+                        from boxship.cli.http.tls import secure
+
+                        sock = secure(sock, where, self.certificates)
                 else:
                     raise BoxshipError(f"unable to parse docker host `{self.address}`")
             except OSError as error:

@@ -1,4 +1,4 @@
-"""Which engine: DOCKER_HOST, or the daemon of this user, which is started when none runs.
+"""Which engine: DOCKER_HOST, docker's current context, or the daemon of this user, which is started when none runs.
 
 Runs in: the boxship command; the daemon is its grandchild, in a session of its own.
 
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 
-from boxship.cli.http.client import ConnectFailed, Connection
+from boxship.cli.http.client import Certificates, ConnectFailed, Connection
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Any
 
 IDLE_EXIT_S = 60
 """A daemon that was started for a command leaves after so long without clients and containers."""
@@ -32,10 +33,61 @@ def state_folder(environ: Mapping[str, str], uid: int) -> str:
 
 def address(environ: Mapping[str, str]) -> tuple[str, bool]:
     """(address, whether it is the daemon of this user, which may be started)."""
-    given = environ.get("BOXSHIP_HOST") or environ.get("DOCKER_HOST")
+    given = environ.get("BOXSHIP_HOST") or environ.get("DOCKER_HOST") or _of_context(environ)[0]
     if given:
         return given if "://" in given else f"tcp://{given}", False
     return f"unix://{state_folder(environ, os.geteuid())}/docker.sock", True
+
+
+def _docker_folder(environ: Mapping[str, str]) -> str:
+    return environ.get("DOCKER_CONFIG") or os.path.join(environ.get("HOME", "/"), ".docker")
+
+
+def _of_context(environ: Mapping[str, str]) -> tuple[str, str]:
+    """(address, folder with its certificates) of docker's current context; "" twice for the default one.
+
+    Raises NotFound for a context that there is not, InvalidArgument for files that are damaged.
+    """
+    from boxship.kit.errors import NotFound
+    from boxship.oci import text
+
+    folder = _docker_folder(environ)
+    name = environ.get("DOCKER_CONTEXT", "")
+    if not name:
+        try:
+            with open(f"{folder}/config.json", encoding="utf-8") as file:
+                document = text.loads(file.read(), f"{folder}/config.json")
+        except OSError:
+            return "", ""
+        name = str(document.get("currentContext") or "") if isinstance(document, dict) else ""
+    if name in ("", "default"):
+        return "", ""
+    from hashlib import sha256
+
+    key = sha256(name.encode()).hexdigest()
+    where = f"{folder}/contexts/meta/{key}/meta.json"
+    try:
+        with open(where, encoding="utf-8") as file:
+            found: Any = text.loads(file.read(), where)
+        return str(found["Endpoints"]["docker"]["Host"]), f"{folder}/contexts/tls/{key}/docker"
+    except OSError:
+        raise NotFound(f'context "{name}": context not found: open {where}: no such file or directory') from None
+    except (KeyError, TypeError):
+        return "", ""
+
+
+def certificates(environ: Mapping[str, str]) -> Certificates | None:
+    """With which TLS is spoken to a tcp:// address; None for none.
+
+    DOCKER_TLS_VERIFY, DOCKER_TLS and DOCKER_CERT_PATH count as for docker; the files of a context's own count for it.
+    """
+    if environ.get("BOXSHIP_HOST") or environ.get("DOCKER_HOST"):
+        if not environ.get("DOCKER_TLS_VERIFY") and not environ.get("DOCKER_TLS"):
+            return None
+        folder = environ.get("DOCKER_CERT_PATH") or _docker_folder(environ)
+        return Certificates(folder, verify=bool(environ.get("DOCKER_TLS_VERIFY")))
+    folder = _of_context(environ)[1]
+    return Certificates(folder, verify=True) if folder and os.path.isdir(folder) else None
 
 
 def daemon_is_possible(environ: Mapping[str, str]) -> bool:
@@ -62,7 +114,7 @@ def daemon_is_possible(environ: Mapping[str, str]) -> bool:
 def connect(environ: Mapping[str, str], *, start: bool = True) -> Connection:
     """A connection, opened. Starts the daemon if `start` and it is ours to start. Raises ConnectFailed."""
     where, own = address(environ)
-    connection = Connection(where)
+    connection = Connection(where, None if where.startswith("unix:") else certificates(environ))
     try:
         connection.open()
     except ConnectFailed as error:
@@ -75,7 +127,7 @@ def connect(environ: Mapping[str, str], *, start: bool = True) -> Connection:
 
 def another(connection: Connection) -> Connection:
     """A second connection to the same engine."""
-    return Connection(connection.address)
+    return Connection(connection.address, connection.certificates)
 
 
 def start_daemon(environ: Mapping[str, str], sock: str) -> None:
