@@ -370,13 +370,12 @@ def test_the_same_files_and_the_same_configuration(engines: Engines, tmp_path: P
     context = tmp_path / "context"
     fill(context)
     images = (("before", case.before), (f"case-{name}", case.text)) if case.before else ((f"case-{name}", case.text),)
+    ours, theirs = tmp_path / "ours.tar", tmp_path / "theirs.tar"
     for image, text in images:
         (context / "Dockerfile").write_text(text.lstrip("\n"))
         flags = case.flags if image != "before" else ()
         engines.docker("build", "--quiet", "--network", "none", "--tag", image, *flags, context)
-        engines.box("build", "--quiet", "--network", "none", "--tag", image, *flags, context)
-    ours, theirs = tmp_path / "ours.tar", tmp_path / "theirs.tar"
-    engines.box("build", "--quiet", "--network", "none", *case.flags, "--output", f"type=tar,dest={ours}", context)
+        engines.box("build", "--quiet", "--network", "none", "--tag", image, "--output", f"type=tar,dest={ours}", *flags, context)
     container = engines.docker("create", "--network", "none", f"case-{name}", "x")
     engines.docker("export", "--output", theirs, container)
     engines.docker("rm", container)

@@ -180,6 +180,7 @@ class Builds:
             text, ignored = await in_thread(lambda: _files(tree, lone, wish.dockerfile))
             try:
                 parsed = language.parse(text, wish.shown)
+                _check(parsed, wish.request)
                 contexts = await self._named(wish, tree, stack)
                 context: Tree = await in_thread(lambda: _without(tree, ignored, wish.dockerfile))
                 async for message in self._built(wish, parsed, context, contexts, names):
@@ -378,6 +379,16 @@ async def _receive(spool: IO[bytes], body: AsyncIterator[bytes]) -> None:
             raise ResourceExhausted(f"the build context is larger than {CONTEXT_MAX} bytes", "exclude files by .dockerignore")
         spool.write(piece)
     spool.flush()
+
+
+def _check(parsed: language.Dockerfile, request: Request) -> None:
+    """Raises InvalidArgument where the Dockerfile says that findings of its checks are errors, and there are some."""
+    if not language.options(parsed).error:
+        return
+    found = language.check(parsed, request.target, request.args, request.platform)
+    if found:
+        rules = ", ".join(dict.fromkeys(each.rule for each in found))
+        raise InvalidArgument("\n".join([f"lint violation found for rules: {rules}", *(each.shown() for each in found)]))
 
 
 def _files(tree: TarTree, lone: bytes | None, name: str) -> tuple[bytes, bytes]:

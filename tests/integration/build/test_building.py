@@ -278,6 +278,12 @@ def test_errors_point_into_the_dockerfile(builder: Builder) -> None:
     assert "nothing-like-that" in said and "> 2 | COPY" in said
 
 
+def test_a_dockerfile_can_make_its_checks_errors(builder: Builder) -> None:
+    said = builder.build(f"# check=error=true;skip=StageNameCasing\nFROM {NAME} AS Base\nCMD a\n", code=1)
+    assert "lint violation found for rules: JSONArgsRecommended" in said and "> 3 | CMD a" in said
+    builder.build(f"# check=error=true;skip=StageNameCasing\nFROM {NAME} AS Base\nCMD [\"a\"]\n")
+
+
 def test_limits_of_a_step(builder: Builder) -> None:
     said = builder.build(f"FROM {NAME}\nRUN sleep 60\n", "--timeout", "1", code=1)
     assert "longer than 1 seconds" in said
