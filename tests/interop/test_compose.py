@@ -27,14 +27,14 @@ services:
     stop_signal: SIGKILL
   app:
     image: {NAME}
-    command: ["sh", "-c", "busybox wget -q -O /tmp/state http://db:5432/state; exec busybox httpd -f -p 8000 -h /tmp"]
+    command: ["sh", "-c", "until busybox wget -q -O /tmp/state http://db:5432/state; do sleep 0.2; done; exec busybox httpd -f -p 8000 -h /tmp"]
     depends_on: {{db: {{condition: service_healthy}}}}
     networks: [front, back]
     environment: {{GREETING: hello}}
     stop_signal: SIGKILL
   web:
     image: {NAME}
-    command: ["sh", "-c", "busybox wget -q -O /tmp/state http://app:8000/state; echo serving; exec busybox httpd -f -p 80 -h /tmp"]
+    command: ["sh", "-c", "until busybox wget -q -O /tmp/state http://app:8000/state; do sleep 0.2; done; echo serving; exec busybox httpd -f -p 80 -h /tmp"]
     depends_on: [app]
     networks: [front]
     ports: ["{PORT}:80"]
@@ -92,6 +92,8 @@ def test_a_stack_of_three_services_from_up_to_down(stage: Stage, daemon: Path, g
 
     try:
         compose("up", "--detach")
+        if "127.0.0.11" not in compose("exec", "-T", "app", "cat", "/etc/resolv.conf"):
+            pytest.skip("the engine gives networks that users made no name server")
         stage.eventually(
             lambda: stage.out("curl", "-s", "-m", "2", f"http://127.0.0.1:{PORT}/state") == "from-db", why="the page from the database")
         assert len(compose("ps", "--quiet").split()) == 3
