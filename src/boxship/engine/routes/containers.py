@@ -328,6 +328,14 @@ async def container_stats(engine: Any, request: web.Request, name: str) -> web.S
         await asyncio.sleep(max(0.05, 1 - (time.monotonic() - began)))
 
 
+@routes.get("/containers/{name}/checkpoints")
+@routes.post("/containers/{name}/checkpoints")
+@routes.delete("/containers/{name}/checkpoints/{checkpoint}")
+async def checkpoints(engine: Any, request: web.Request, name: str, checkpoint: str = "") -> web.StreamResponse:
+    engine.core.get(name)
+    raise Unsupported("checkpoints", "ctr tasks checkpoint, on containerd's socket, makes them")
+
+
 # exec
 
 
