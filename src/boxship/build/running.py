@@ -36,6 +36,8 @@ class Work(NamedTuple):
 
     key: str
     """Name of the active snapshot, and the container's id."""
+    below: Sequence[str]
+    """The diff ids of the layers that it is made on."""
     args: Sequence[str]
     env: Sequence[str]
     """NAME=VALUE."""
@@ -47,8 +49,6 @@ class Work(NamedTuple):
     """As with --privileged."""
     mounts: Sequence[dict[str, Any]]
     """As the runtime specification has them, in addition to the usual ones."""
-    base: str
-    """See State."""
     hosts: Sequence[str]
     """NAME:ADDRESS, for /etc/hosts."""
     limits: Limits

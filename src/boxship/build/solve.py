@@ -614,7 +614,7 @@ class Solver:
             "run", 1, state.chain, args, sorted(state.config.get("Env") or []), sorted(declared.items()), state.text("User"),
             state.workdir, network, instruction.security, described, list(request.hosts),
             [state.platform.os, state.platform.architecture, state.platform.variant],
-            [[name, data.decode("utf-8", "surrogateescape")] for name, data in files], request.epoch, state.base)
+            [[name, data.decode("utf-8", "surrogateescape")] for name, data in files], request.epoch)
         env = [*(state.config.get("Env") or []), *words, *(f"{name}={value}" for name, value in proxies.items())]
         if request.epoch is not None and "SOURCE_DATE_EPOCH" not in state.env:
             env.append(f"SOURCE_DATE_EPOCH={request.epoch}")
@@ -686,8 +686,8 @@ class Solver:
             try:
                 scope.channel.say(f" ---> Running in {name[:12]}\n")
                 code = await machine.runner.run(Work(
-                    name, args, env, state.text("User"), state.workdir, network, instruction.security == "insecure", made,
-                    state.base, request.hosts, request.limits), rootfs, scope.channel.output)
+                    name, [layer.diff_id for layer in state.layers], args, env, state.text("User"), state.workdir, network,
+                    instruction.security == "insecure", made, request.hosts, request.limits), rootfs, scope.channel.output)
                 if code:
                     shown_command = " ".join(args)
                     raise Failure(f"The command '{shown_command}' returned a non-zero code: {code}", instruction, code)

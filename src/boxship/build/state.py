@@ -34,8 +34,6 @@ class State:
     history: tuple[Mapping[str, Any], ...] = ()
     created: str = EPOCH
     author: str = ""
-    base: str = ""
-    """Id of the image that it began with when that is the machine itself, whose programs are in no layer; "" for others."""
 
     @property
     def chain(self) -> str:

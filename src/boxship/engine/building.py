@@ -114,11 +114,15 @@ class StepRunner:
         elif sandbox is not None:
             namespaces["network"] = sandbox.path
         etc = self._etc(directory, work, sandbox)
-        machine = core.images.builtin.mounts(work.base, f"{directory}/machine", read_only=False) if work.base else []
+        if core.images.builtin.made_here(work.below):
+            try:
+                etc[:0] = core.images.builtin.mounts(mounts, f"{directory}/machine", read_only=False)
+            except OSError as error:
+                raise from_os_error(error, "making room for what the step writes") from None
         with Root(mounts, read_only=True) as root:
             user = users.find(work.user, root.read)
             inputs = spec.Inputs(
-                uid=user.uid, gid=user.gid, groups=user.groups, home=user.home, mounts=[*machine, *etc, *work.mounts],
+                uid=user.uid, gid=user.gid, groups=user.groups, home=user.home, mounts=[*etc, *work.mounts],
                 namespaces=namespaces, hostname=_HOSTNAME,
                 cgroups_path=f"{limits.cgroup_parent or core.settings.cgroup_parent}/{work.key}", shm_path="", init="")
             wanted = spec.build(config, host, list(work.args), inputs)

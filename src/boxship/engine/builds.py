@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import IO, Any
 
 from boxship.build import dockerfile as language
@@ -104,7 +104,7 @@ class _Bases:
 
     async def _is_builtin(self, name: str) -> bool:
         try:
-            return self._core.images.builtin.made_here((await self._core.images.get(name)).id)
+            return self._core.images.builtin.made_here((await self._core.images.get(name)).diff_ids)
         except BoxshipError:
             return False
 
@@ -121,9 +121,7 @@ class _Bases:
             if not matcher.match(config.platform()):
                 continue
             pairs = zip(manifest.layers, config.rootfs.diff_ids, strict=True)
-            state = of_image(json.loads(raw), [Layer(descriptor, diff_id) for descriptor, diff_id in pairs], platform)
-            machine = core.images.builtin.made_here(manifest.config.digest)
-            return replace(state, base=manifest.config.digest) if machine else state
+            return of_image(json.loads(raw), [Layer(descriptor, diff_id) for descriptor, diff_id in pairs], platform)
         raise NotFound(f"No such image: {name} for {platforms.format(platform)}")
 
     async def _pull(self, name: str, platform: Platform, told: Callable[[Message], None]) -> None:

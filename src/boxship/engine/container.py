@@ -119,6 +119,8 @@ class Container:
         self.manually_stopped: bool = record.get("manually_stopped", False)
         self.fresh: bool = record.get("fresh", False)
         """Nothing has written to its root yet, so that it is as the image has it."""
+        self.machine: bool = record.get("machine", False)
+        """The machine's own programs are part of its root (boxship.images.builtin)."""
         self.state = State()
         for name, value in record.get("state", {}).items():
             setattr(self.state, name, value)
@@ -143,7 +145,7 @@ class Container:
             "path": self.path,
             "args": self.args, "image_id": self.image_id, "image_name": self.image_name, "snapshotter": self.snapshotter,
             "mounts": self.mounts, "networks": self.networks, "restart_count": self.restart_count,
-            "manually_stopped": self.manually_stopped, "fresh": self.fresh, "state": self.state.record(),
+            "manually_stopped": self.manually_stopped, "fresh": self.fresh, "machine": self.machine, "state": self.state.record(),
         }
 
     @property

@@ -153,7 +153,7 @@ async def create(core: Core, body: Any, name: str, platform: str = "") -> tuple[
         "id": container_id, "name": name, "created": times.now(), "config": config, "host": host, "path": words[0],
         "args": words[1:],
         "image_id": image.id, "image_name": config["Image"], "snapshotter": core.snapshots.snapshotter, "mounts": points,
-        "fresh": True, "networks": networks,
+        "fresh": True, "networks": networks, "machine": core.images.builtin.made_here(image.diff_ids),
     }, f"{core.directory}/containers/{container_id}")
     try:
         await _make(core, container, image)

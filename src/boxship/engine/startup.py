@@ -102,7 +102,8 @@ async def specification(core: Core, accounts: Accounts, container: Container) ->
     write_files(core, container, hostname)
     config = {**config, "Env": [*networking.link_environment(core, container), *(config["Env"] or [])]}
     inputs = spec.Inputs(
-        uid=user.uid, gid=user.gid, groups=user.groups, home=user.home, mounts=_mounts(core, container), namespaces=namespaces,
+        uid=user.uid, gid=user.gid, groups=user.groups, home=user.home, mounts=await _mounts(core, container),
+        namespaces=namespaces,
         hostname=hostname, cgroups_path=_cgroups_path(core, container),
         shm_path=_shared_memory(core, container),
         init=init_program(core) if host["Init"] and not host["PidMode"] else "", rootless=core.settings.rootless)
@@ -200,10 +201,13 @@ def write_files(core: Core, container: Container, hostname: str) -> None:
             raise from_os_error(error, "writing") from None
 
 
-def _mounts(core: Core, container: Container) -> list[dict[str, Any]]:
+async def _mounts(core: Core, container: Container) -> list[dict[str, Any]]:
     host = container.host
+    made: list[dict[str, Any]] = []
     try:
-        made = core.images.builtin.mounts(container.image_id, container.file("machine"), read_only=host["ReadonlyRootfs"])
+        if container.machine:
+            root = await core.snapshots.mounts(container.id)
+            made = core.images.builtin.mounts(root, container.file("machine"), read_only=host["ReadonlyRootfs"])
     except OSError as error:
         raise from_os_error(error, "making room for what the container writes") from None
     taken = {point["Destination"] for point in container.mounts}

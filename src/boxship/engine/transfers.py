@@ -27,7 +27,7 @@ from boxship.images.progress import Progress
 from boxship.images.registry import Repository, decode_known
 from boxship.images.service import from_message, to_message
 from boxship.images.transport import Request
-from boxship.kit.errors import BoxshipError, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unauthenticated
+from boxship.kit.errors import BoxshipError, InvalidArgument, NotFound, PermissionDenied, Unauthenticated
 from boxship.oci import reference
 from boxship.oci.image import MEDIA_TYPE_CONFIG, MEDIA_TYPE_LAYER_GZIP, MEDIA_TYPE_MANIFEST, Index, Platform
 
@@ -252,8 +252,6 @@ class Transfers:
         name = ""
         if repository:
             name = str(reference.parse(f"{repository}:{tag}" if tag else repository).tagged())
-        if core.images.builtin.made_here(container.image_id):
-            raise FailedPrecondition("a container of the image host cannot be committed: its programs are the machine's own")
         base = await core.images.get(container.image_id)
         created = times.now()
         async with self.mover.leased(core.call) as leased:

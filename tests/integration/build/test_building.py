@@ -351,3 +351,11 @@ def test_the_cache_goes_by_way_of_a_registry(builder: Builder) -> None:
 def test_a_step_that_writes_much_waits_for_its_reader(builder: Builder) -> None:
     said = builder.build(f"FROM {NAME}\nRUN yes 0123456789012345678901234567890123456789 | head -n 300000\n", "--no-cache")
     assert said.count("0123456789012345678901234567890123456789\n") == 300_000
+
+
+def test_what_a_step_writes_over_the_machines_programs_is_in_the_layer(builder: Builder) -> None:
+    found = builder.files(
+        "FROM host\nRUN echo made > /usr/bin/new && rm /usr/bin/env && echo x > /usr/local/etc/x\n"
+        "RUN test -e /usr/bin/new && ! test -e /usr/bin/env\n")
+    assert {"usr/bin/new", "usr/local/etc/x"} <= set(found)
+    assert Path("/usr/bin/env").exists() and not Path("/usr/local/etc/x").exists()

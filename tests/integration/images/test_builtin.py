@@ -75,13 +75,18 @@ def test_what_is_written_stays_in_the_container(docker: Docker) -> None:
     assert not Path("/usr/mark").exists()
 
 
-def test_host_is_listed_and_not_committed(docker: Docker) -> None:
+def test_what_is_written_over_the_machines_programs_is_a_change_like_others(docker: Docker) -> None:
     out(docker("image", "inspect", "host"))
     assert "host" in out(docker("images", "--format", "{{.Repository}}")).split()
-    name = out(docker("create", "host", "true")).strip()
-    refused = docker("commit", name, "mine")
-    docker("rm", "-f", name)
-    assert "the machine's own" in refused.stderr
+    name = out(docker("create", "--network", "none", "host", "sh", "-c", "echo new >/usr/mark; rm /usr/bin/env")).strip()
+    out(docker("start", "-a", name))
+    assert {"A /usr/mark", "D /usr/bin/env"} <= set(out(docker("diff", name)).splitlines())
+    assert "new" in out(docker("cp", f"{name}:/usr/mark", "-"))
+    out(docker("commit", name, "mine"))
+    out(docker("rm", name))
+    seen = docker("run", "--rm", "--network", "none", "mine", "sh", "-c", "cat /usr/mark; ls /usr/bin/env /usr/local/etc")
+    assert seen.stdout == "new\n/usr/local/etc:\n" and "/usr/bin/env" in seen.stderr
+    out(docker("rmi", "mine"))
 
 
 def test_python_needs_no_network_and_brings_its_libraries(docker: Docker) -> None:

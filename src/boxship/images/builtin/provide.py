@@ -2,20 +2,23 @@
 
 Runs in: the daemon, on its event loop; files are read in worker threads.
 
-    ROOT/NAME.json      what the image was made of, and its manifest's digest; for `host` also the ids of all that were made
+    ROOT/NAME.json      what the image was made of, and its manifest's digest; also the digests of all layers that were made
+    ROOT/mask           hides what of the machine's folders is not let in
 
 `host` is an image like others, with one small layer: configuration that everybody may read, and empty folders. The machine's own
-programs are not in it but mounted over it, each below a copy-on-write layer of the container (`Builtins.mounts`); only for images
-that were made here, so that none from elsewhere gets at them.
+programs are not in it. They are the lowest layer of an overlay over each of its folders (`Builtins.mounts`), whose other layers
+are those of the root: so what containers and steps of builds write there is part of the root like everything else. Only roots
+whose lowest layer was made here have this, and nobody elsewhere makes the same bytes without knowing the machine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import stat
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -31,6 +34,7 @@ from boxship.images.service import blobs, to_message
 from boxship.images.store import CHUNK, Blobs, write
 from boxship.kit.errors import AlreadyExists, BoxshipError, NotFound
 from boxship.kit.files import read_all, write_atomic
+from boxship.linux.roots import split_lowers
 from boxship.oci import digest as digests
 from boxship.oci import text
 from boxship.oci.image import MEDIA_TYPE_CONFIG, MEDIA_TYPE_LAYER, MEDIA_TYPE_MANIFEST, Descriptor
@@ -39,7 +43,7 @@ LABEL = "boxship.builtin"
 """On the record of an image in the store: which of these it is. A name that a user gave to something else is left alone."""
 
 _PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_IDS_KEPT = 64
+_LAYERS_KEPT = 64
 
 
 @dataclass
@@ -117,34 +121,49 @@ class Builtins:
             except (OSError, ValueError) as error:
                 raise BoxshipError(f"making the image {name} from this machine's files: {error}") from None
 
-    def made_here(self, image_id: str) -> bool:
-        """Whether an image is a `host` that was made here."""
-        ids = self._known("host").get("ids")
-        return isinstance(ids, list) and image_id in ids
+    def made_here(self, diff_ids: Sequence[str]) -> bool:
+        """Whether an image of these layers is a `host` that was made here, or was made of one."""
+        layers = self._known("host").get("layers")
+        return bool(diff_ids) and isinstance(layers, list) and diff_ids[0] in layers
 
-    def mounts(self, image_id: str, folder: str, *, read_only: bool) -> list[dict[str, Any]]:
-        """The machine's programs over the root of a container of the image, as the runtime specification's mounts.
+    def mounts(self, root: Sequence[Any], spare: str, *, read_only: bool) -> list[dict[str, Any]]:
+        """The machine's programs in a root that `made_here` is true of, as the runtime specification's mounts.
 
-        Each folder is the lower layer of an overlay whose upper one lies below `folder`, where it stays from start to start.
-        Empty for every image that is not `host`. Raises OSError.
+        `root`: the mounts of its active snapshot (containerd.types.Mount). When they are no overlay, what is written below the
+        folders goes to the folder `spare`. Raises OSError.
         """
-        if not self.made_here(image_id):
-            return []
+        overlay = len(root) == 1 and root[0].type == "overlay"
+        given = dict(option.partition("=")[::2] for option in root[0].options) if overlay else {}
+        upper, work = given.get("upperdir", ""), f"{given.get('workdir', '')}-machine"
+        lowers = split_lowers(given["lowerdir"]) if upper else []
+        if not upper:
+            upper, work = f"{spare}/upper", f"{spare}/work"
+        mask = self._mask()
         mounts: list[dict[str, Any]] = []
-        read = ["ro"] if read_only else []
         for name in machine.PROGRAMS:
             if os.path.islink(f"/{name}") or not os.path.isdir(f"/{name}"):
                 continue
-            upper, work = f"{folder}/{name}/upper", f"{folder}/{name}/work"
-            os.makedirs(upper, 0o755, exist_ok=True)
-            os.makedirs(work, 0o700, exist_ok=True)
+            layers = _stack([upper, *lowers], name)
+            if layers is None:
+                continue  # an image that has taken the folder away, or put something else there
+            os.makedirs(f"{upper}/{name}", 0o755, exist_ok=True)
+            os.makedirs(f"{work}/{name}", 0o700, exist_ok=True)
+            below = ":".join(_escaped(path) for path in (*layers, f"{mask}/{name}", f"/{name}"))
             mounts.append({"destination": f"/{name}", "type": "overlay", "source": "overlay", "options": [
-                "nosuid", "nodev", *read, f"lowerdir=/{name}", f"upperdir={upper}", f"workdir={work}"]})
-        if os.path.isdir("/usr/local/etc") and not os.path.islink("/usr/local"):
-            # Configuration of what was built on the machine, so of the same kind as /etc; and nothing in it is let in.
-            mounts.append({"destination": "/usr/local/etc", "type": "tmpfs", "source": "tmpfs",
-                           "options": ["nosuid", "nodev", *read, "mode=755"]})
+                "nosuid", "nodev", *(["ro"] if read_only else []), f"lowerdir={below}", f"upperdir={upper}/{name}",
+                f"workdir={work}/{name}", *(["userxattr"] if "userxattr" in given else [])]})
         return mounts
+
+    def _mask(self) -> str:
+        """A tree that lies over the machine's: /usr/local/etc is of the same kind as /etc, and nothing in it is let in."""
+        mask = f"{self._root}/mask"
+        for name in machine.PROGRAMS:
+            os.makedirs(f"{mask}/{name}", 0o755, exist_ok=True)
+        hidden = f"{mask}/usr/local/etc"
+        if not os.path.isdir(hidden):
+            os.makedirs(hidden, 0o755)
+            os.setxattr(hidden, f"{'user' if _in_user_namespace() else 'trusted'}.overlay.opaque", b"y")
+        return mask
 
     def _known(self, name: str) -> dict[str, Any]:
         try:
@@ -180,10 +199,12 @@ class Builtins:
                 "layers": [layer.encode() for layer in layers],
             }).encode()
             target = await _blob(store, MEDIA_TYPE_MANIFEST, manifest, media.child_labels([described, *layers]))
-            ids = [described.digest, *(each for each in known.get("ids", []) if each != described.digest)][:_IDS_KEPT]
+            lowest = layers[0].digest
+            kept = [lowest, *(each for each in known.get("layers", []) if each != lowest)][:_LAYERS_KEPT]
             os.makedirs(self._root, 0o700, exist_ok=True)
             write_atomic(f"{self._root}/{name}.json", text.dumps({
-                "by": __version__, "sources": [list(source) for source in made.sources], "manifest": target.digest, "ids": ids,
+                "by": __version__, "sources": [list(source) for source in made.sources], "manifest": target.digest,
+                "layers": kept,
             }).encode("utf-8", "surrogateescape"))
             image = pb.images.Image(name=reference, labels={LABEL: name}, target=to_message(target))
             try:
@@ -195,6 +216,40 @@ class Builtins:
                 await self._containerd.images.Update(pb.images.UpdateImageRequest(image=image), held)
         finally:
             await leases.Delete(pb.leases.DeleteRequest(id=lease), call)
+
+
+def _stack(layers: Sequence[str], name: str) -> list[str] | None:
+    """Where the layers below the first have a folder `name`; None when the machine's is not to be seen below them."""
+    found = []
+    for number, layer in enumerate(layers):
+        path = f"{layer}/{name}"
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISDIR(status.st_mode) or _opaque(path):
+            return None
+        if number:
+            found.append(path)
+    return found
+
+
+def _opaque(path: str) -> bool:
+    for prefix in ("trusted", "user"):
+        try:
+            if os.getxattr(path, f"{prefix}.overlay.opaque") == b"y":
+                return True
+        except OSError:
+            continue  # has none, or may not be asked
+    return False
+
+
+def _escaped(path: str) -> str:
+    return path.replace("\\", "\\\\").replace(":", "\\:")
+
+
+def _in_user_namespace() -> bool:
+    return read_all("/proc/self/uid_map").split() != [b"0", b"0", b"4294967295"]
 
 
 async def _blob(store: Blobs, media_type: str, data: bytes, labels: dict[str, str]) -> Descriptor:
