@@ -261,6 +261,7 @@ async def _blob(store: Blobs, media_type: str, data: bytes, labels: dict[str, st
 async def _layer(store: Blobs, tree: Tree) -> Descriptor:
     with tempfile.TemporaryFile() as spool:
         await asyncio.to_thread(tree.write, spool)
+        spool.flush()
         size = spool.tell()
         writer = await store.writer(f"builtin-{os.urandom(8).hex()}", size)
         async with writer:
