@@ -63,8 +63,7 @@ def test_patterns() -> None:
     assert paths(context, "?.h", "/x/") == ["x", "x/c.h"]
     assert paths(context, "**/*.c", "/x/")[-1] == "x/f.c" or "x/f.c" in paths(context, "**/*.c", "/x/")
     assert paths(context, "\\[x\\].c", "/x/") == ["x", "x/[x].c"]
-    with pytest.raises(NotFound, match="matches"):
-        take(context, "*.py")
+    assert take(context, "*.py") == []
     with pytest.raises(NotFound, match="nothing"):
         take(context, "nothing")
     with pytest.raises(InvalidArgument, match="pattern"):
