@@ -134,10 +134,23 @@ def run(control: int, birth: bytes, own_runtime: OwnRuntime, listener: int, cont
     services = {TASK_V2: task, TASK_V3: task, SANDBOX: Service(SANDBOXES, sandbox.find)}
     server = Server(loop, _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, listener), services)
 
+    there = [know["path"]]
+
+    def withdraw() -> None:
+        # Once, and at the beginning of the end: another may take the place before this one is over.
+        while there:
+            try:
+                os.unlink(there.pop())
+            except FileNotFoundError:
+                pass
+
+    service.withdraw = withdraw
+
     def asked_to_end() -> None:
         # An operator's signal, or the machine's shutdown: with containers it would be their end.
         log.write("info", "shim received a signal to end", containers=len(service.containers))
         if not service.containers and not sandbox.is_held():
+            withdraw()
             loop.stop()
 
     for number in (_SIGTERM, _SIGINT):
@@ -159,10 +172,6 @@ def run(control: int, birth: bytes, own_runtime: OwnRuntime, listener: int, cont
         except Exception:  # noqa: BLE001 - a bug must not be the end of the containers
             log.write("error", f"internal error: {traceback.format_exc()}")
     server.close()
-    try:
-        os.unlink(know["path"])
-    except FileNotFoundError:
-        pass
 
 
 def _hand_over(

@@ -76,6 +76,8 @@ class TaskService:
         self._programs = programs
         self._leave = leave
         self.containers: dict[str, Container] = {}
+        self.withdraw: Callable[[], object] = lambda: None
+        """Called when the shim is about to end: it takes no more callers."""
         self.is_held: Callable[[], bool] = lambda: False
         """Whether the shim stays without containers too."""
 
@@ -615,6 +617,7 @@ class TaskService:
 
     def leave(self) -> None:
         """End the shim. What is to be said is said first, the answer to the call that this is part of too."""
+        self.withdraw()
         self._loop.soon(lambda: self._publisher.idle().then(lambda later: self._leave()))
         self._loop.after(5.0, self._leave)
 

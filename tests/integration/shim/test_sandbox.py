@@ -85,7 +85,7 @@ def test_a_pod_lives_and_ends_with_its_shim(daemon: Daemon) -> None:
         ask(pod.client, "StartSandbox", "sbpod")
     ask(pod.client, "ShutdownSandbox", "sbpod")
     eventually(lambda: not Path(pod.address.removeprefix("unix://")).exists(), "the shim stays")
-    assert daemon.events.topics[-2:] == ["exit", "delete"]
+    eventually(lambda: daemon.events.topics[-2:] == ["exit", "delete"], "the end of the first container is not told")
 
 
 def test_a_pod_without_containers_stays_until_it_is_shut_down(daemon: Daemon) -> None:

@@ -127,7 +127,11 @@ def _hide(path: str) -> str | None:
 def remove_hidden(paths: list[str]) -> None:
     """Remove what `hide` left. Raises OSError."""
     for path in paths:
-        shutil.rmtree(path)
+        while os.path.lexists(path):
+            try:
+                shutil.rmtree(path)
+            except FileNotFoundError:
+                continue  # `names` removes it too
 
 
 def names(state: str) -> list[tuple[str, str]]:

@@ -15,9 +15,11 @@ shut down.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -278,7 +280,7 @@ class Shims:
         try:
             await shim.call("Shutdown", pb.task.ShutdownRequest(id=shim.bundle.id), SHUTDOWN_TIMEOUT_S)
         except Unavailable:
-            pass  # it went before it answered
+            _unlink_socket(shim)  # it went before it answered, or was killed
         except BoxshipError as error:
             log.warning("shutdown of the shim of %s: %s", shim.bundle.id, error)
 
@@ -452,10 +454,15 @@ class Shims:
 
 
 def _unlink_socket(shim: Shim) -> None:
-    """Of a dead one."""
+    """Of a dead one; another shim may have taken the place."""
     path = shim.endpoint.address.removeprefix("unix://")
     if path.startswith("/"):
-        try:
-            os.unlink(path)
-        except FileNotFoundError:
-            pass
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+            except OSError:
+                pass  # it is gone, or in use
