@@ -387,7 +387,7 @@ def _shown(asked_for: dict[str, Any], place: Endpoint | None) -> dict[str, Any]:
         "IPAMConfig": asked_for["IPAMConfig"],
         "Links": asked_for["Links"],
         "Aliases": asked_for["Aliases"],
-        "MacAddress": "",
+        "MacAddress": asked_for["MacAddress"],
         "DriverOpts": asked_for["DriverOpts"],
         "GwPriority": asked_for["GwPriority"],
         "NetworkID": asked_for["NetworkID"],
@@ -543,7 +543,7 @@ def shown_network(core: Core, network: Network, *, with_containers: bool = True)
         "EnableIPv6": network.enable_ipv6,
         "IPAM": {
             "Driver": "default",
-            "Options": network.ipam_options,
+            "Options": network.ipam_options or None,
             "Config": config if config or not network.predefined else None,
         },
         "Internal": network.internal,
