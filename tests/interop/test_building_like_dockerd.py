@@ -40,9 +40,9 @@ LABEL a=1 "b c"="d e"
 EXPOSE 80 90/udp
 VOLUME ["/data","/d2"]
 VOLUME /d3 /d4
-USER nobody:nogroup
 WORKDIR /w
 WORKDIR rel
+USER nobody:nogroup
 STOPSIGNAL 9
 HEALTHCHECK --interval=1m --retries=2 CMD ["true"]
 ONBUILD RUN true
@@ -129,6 +129,9 @@ def image(stage: Stage, address: str) -> tuple[dict[str, Any], int, str]:
     """(configuration, number of layers, author)."""
     shown = json.loads(stage.out("docker", "-H", address, "image", "inspect", "same:1"))[0]
     config = {key: value for key, value in shown["Config"].items() if value and key not in ("Hostname", "Image")}
+    # BuildKit, whose language it is, begins FROM scratch in "/", the classic builder nowhere, which comes to the same.
+    if config.get("WorkingDir") == "/":
+        del config["WorkingDir"]
     return config, len(shown["RootFS"]["Layers"]), shown["Author"]
 
 
