@@ -8,31 +8,37 @@ Not here: where the documents lie (CDI_DIRECTORIES by default), and what stat(2)
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
-
 from boxship.kit.errors import InvalidArgument, NotFound
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
+
+    NodeOf = Callable[[str], dict[str, Any]]
+    """A path on the host → {type, major, minor} of the device node there. Raises InvalidArgument."""
 
 CDI_DIRECTORIES = ("/etc/cdi", "/var/run/cdi")
 """A later one takes precedence."""
-_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?/[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?=[A-Za-z0-9_.:-]+\Z")
+_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?/[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?=[A-Za-z0-9_.:-]+\Z"
 _HOOKS = frozenset(("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"))
 
-NodeOf = Callable[[str], dict[str, Any]]
-"""A path on the host → {type, major, minor} of the device node there. Raises InvalidArgument."""
 
-
-class Device(NamedTuple):
+class Device:
     """One device that a document offers."""
 
-    edits: dict[str, Any]
-    document: dict[str, Any]
+    __slots__ = ("document", "edits")
+
+    def __init__(self, edits: dict[str, Any], document: dict[str, Any]) -> None:
+        self.edits = edits
+        self.document = document
 
 
 def is_name(text: str) -> bool:
     """Whether a text is the full name of a device."""
-    return _NAME.match(text) is not None
+    import re  # not for those who only import this: a shim, a runtime
+
+    return re.match(_NAME, text) is not None
 
 
 def registry(documents: Iterable[tuple[int, dict[str, Any]]]) -> dict[str, Device]:
