@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from support.image import NAME
+from support.image import ENDS, NAME
 from support.peers import needs
 from support.stage import Stage
 
@@ -141,12 +141,7 @@ def test_a_mebibyte_of_input_comes_back_unchanged(docker: Docker) -> None:
     assert docker.run("run", "--rm", "--network=none", "--interactive", NAME, "cat", text=text).stdout == text
 
 
-@pytest.mark.parametrize(("command", "code"), [
-    (["sh", "-c", "exit 7"], 7),
-    (["/nothing/here"], 127),
-    (["not-on-the-path"], 127),
-    (["/etc/passwd"], 126),
-], ids=["own", "no-such-file", "not-on-path", "not-executable"])
+@pytest.mark.parametrize(("command", "code"), ENDS.values(), ids=ENDS)
 def test_the_exit_code_tells_what_happened(docker: Docker, command: list[str], code: int) -> None:
     assert docker.code("run", "--rm", "--network=none", NAME, *command) == code
 

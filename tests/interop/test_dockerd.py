@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from support.image import NAME
+from support.image import ENDS, NAME
 from support.peers import needs
 from support.stage import Stage
 
@@ -94,12 +94,7 @@ def test_input_arrives_and_its_end_too(docker: Docker) -> None:
     assert docker("run", "--rm", "--network=none", "--interactive", NAME, "sort", text="b\na\n") == "a\nb"
 
 
-@pytest.mark.parametrize(("command", "code"), [
-    (["sh", "-c", "exit 7"], 7),
-    (["/nothing/here"], 127),
-    (["not-on-the-path"], 127),
-    (["/etc/passwd"], 126),
-], ids=["own", "no-such-file", "not-on-path", "not-executable"])
+@pytest.mark.parametrize(("command", "code"), ENDS.values(), ids=ENDS)
 def test_the_exit_code_tells_what_happened(docker: Docker, command: list[str], code: int) -> None:
     assert docker.code("run", "--rm", "--network=none", NAME, *command) == code
 

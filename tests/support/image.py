@@ -12,6 +12,13 @@ from pathlib import Path
 
 BUSYBOX = Path("/bin/busybox")
 NAME = "boxship.test/busybox:1"
+ENDS = {
+    "own": (["sh", "-c", "exit 7"], 7),
+    "no-such-file": (["/nothing/here"], 127),
+    "not-on-path": (["not-on-the-path"], 127),
+    "not-executable": (["/etc/passwd"], 126),
+}
+"""Commands in the image, and the exit code that docker run ends with."""
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 _APPLETS = [
     "sh", "cat", "cp", "echo", "env", "expr", "false", "find", "grep", "head", "hostname", "id", "ip", "kill", "ls",
