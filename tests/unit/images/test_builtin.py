@@ -1,5 +1,8 @@
 """What a program needs is what ldd says that it needs; a tree is written out the same each time."""
 
+from __future__ import annotations
+
+import asyncio
 import io
 import shutil
 import subprocess
@@ -53,3 +56,39 @@ def test_a_tree_is_the_same_tar_whatever_the_order(tmp_path: Path) -> None:
     with tarfile.open(fileobj=io.BytesIO(written[0])) as tar:
         assert [member.name for member in tar] == ["a", "bin", "etc", "etc/passwd", "tmp", "usr", "usr/lib", "usr/lib/x", "usr/lib/x/y"]
         assert tar.getmember("tmp").mode == 0o1777
+
+
+def test_a_layer_is_whole_wherever_its_last_piece_ends() -> None:
+    """What still waits in the buffer of the file that it is written to is a part of it too."""
+    from boxship.images.builtin.provide import _layer
+
+    class Writer:
+        def __init__(self) -> None:
+            self.data = b""
+
+        async def __aenter__(self) -> Writer:
+            return self
+
+        async def __aexit__(self, *_: object) -> None:
+            pass
+
+        async def write(self, data: bytes) -> None:
+            assert data, "nothing was left to read, and still it went on"
+            self.data += data
+
+        async def commit(self, size: int) -> str:
+            assert len(self.data) == size
+            return "sha256:" + "0" * 64
+
+    class Store:
+        async def writer(self, ref: str, size: int) -> Writer:
+            return Writer()
+
+    async def main() -> None:
+        for folders in range(1, 60):
+            tree = Tree()
+            for number in range(folders):
+                tree.folder(f"folder-{number}")
+            await _layer(Store(), tree)  # type: ignore[arg-type]
+
+    asyncio.run(main())
