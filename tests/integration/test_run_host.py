@@ -66,6 +66,9 @@ def daemons() -> Iterator[Path]:
     yield folder
     assert (folder / "state/docker.sock").is_socket(), "no daemon was started: the tests have shown the other way twice"
     clear(folder)
+    for group in (Path("/sys/fs/cgroup", folder.name), *Path("/sys/fs/cgroup").glob(f"*/{folder.name}")):
+        if group.is_dir():  # hierarchies have several names
+            group.rmdir()
 
 
 @pytest.fixture(params=["daemon", "root", "single", "subordinate"])
