@@ -444,7 +444,7 @@ class Lifecycle:
         self._listener = self.spawn(self._listen(ready))
         await ready.wait()
         await self._reconcile()
-        self._reconcile_networks()
+        await self._reconcile_networks()
         await self._clean()
         for container in core.containers():
             if self._starts_with_the_daemon(container):
@@ -464,14 +464,14 @@ class Lifecycle:
         except BoxshipError:
             pass  # it runs already, or cannot be started: its record says why
 
-    def _reconcile_networks(self) -> None:
+    async def _reconcile_networks(self) -> None:
         """Take down the networks of containers that run no more."""
         networks = self._core.networks
         for container_id in networks.containers():
             container = self._core.by_id.get(container_id)
             if container is None or (not container.state.running and not container.lock.locked()):
                 networks.release(container_id)
-        networks.hold()
+        await networks.resume()
 
     async def _reconcile(self) -> None:
         """Compare what the records say with the tasks that there are."""

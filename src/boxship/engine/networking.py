@@ -184,7 +184,15 @@ def _attachment(container: Container, name: str, endpoint: dict[str, Any]) -> At
 
 def subject(container: Container) -> Subject:
     """The container as the networks know it."""
-    return Subject(container.id, container.name, container.config["Hostname"], _ports(container.config, container.host))
+    options = container.host["DnsOptions"] or []
+    return Subject(
+        container.id,
+        container.name,
+        container.config["Hostname"],
+        _ports(container.config, container.host),
+        container.host["Dns"] or [],
+        any(option.startswith("ndots:") for option in options),
+    )
 
 
 def own_namespace(core: Core, container: Container) -> bool:

@@ -28,7 +28,8 @@ def servers(text: str) -> list[str]:
     return [words[1] for line in text.splitlines() if len(words := line.split()) > 1 and words[0] == "nameserver"]
 
 
-def _local(address: str) -> bool:
+def local(address: str) -> bool:
+    """Whether it is an address of the loopback."""
     return address.startswith("127.") or address == "::1"
 
 
@@ -56,7 +57,7 @@ def resolv(
     if resolver:
         kept.append(f"nameserver {RESOLVER}")
     else:
-        usable = list(dns) or [each for each in servers(host) if keep_local or (not _local(each) and (v6 or ":" not in each))]
+        usable = list(dns) or [each for each in servers(host) if keep_local or (not local(each) and (v6 or ":" not in each))]
         kept += [f"nameserver {each}" for each in usable or DEFAULT_SERVERS]
     if list(search) != ["."]:
         if search:
@@ -72,6 +73,15 @@ def resolv(
     return "\n".join(kept) + "\n"
 
 
-def external(host: str, dns: Sequence[str]) -> list[str]:
-    """The servers that our resolver asks: those of --dns, or the host's."""
-    return list(dns) or servers(host) or list(DEFAULT_SERVERS)
+def external(host: str) -> list[str]:
+    """The host's servers, for our resolver to ask."""
+    return servers(host) or list(DEFAULT_SERVERS)
+
+
+def host_resolv() -> str:
+    """The host's resolv.conf; "" when there is none."""
+    try:
+        with open("/etc/resolv.conf", encoding="utf-8", errors="surrogateescape") as file:
+            return file.read(1 << 20)
+    except OSError:
+        return ""

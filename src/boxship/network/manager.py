@@ -18,6 +18,7 @@ import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ from boxship.network.links import Links
 from boxship.network.model import Attachment, Endpoint, Network, Pool, Published, Sandbox, Settings
 from boxship.network.ports import ANY, Ports, Wanted
 from boxship.network.sandbox import Pool as Namespaces
+from boxship.network.serving import Serving, resolves
 from boxship.network.store import Store
 
 log = logging.getLogger("boxship.network")
@@ -51,6 +53,10 @@ class Subject(NamedTuple):
     name: str
     hostname: str
     ports: list[Wanted]
+    dns: list[str] = []  # a NamedTuple's default is never changed
+    """Name servers that the user chose."""
+    ndots: bool = False
+    """Whether the user chose ndots."""
 
 
 class Networks:
@@ -72,6 +78,7 @@ class Networks:
         self._active: set[str] = set()
         """Networks whose device is there, so that the rules speak of it."""
         self._ports = Ports()
+        self._serving = Serving(state, self._ports, self._by_id, proxied=settings.userland_proxy)
         self._up = ThreadPoolExecutor(1, "network-up")
         self._down = ThreadPoolExecutor(1, "network-down")
         self._links: Links | None = None
@@ -109,12 +116,14 @@ class Networks:
     @property
     def host_gateway(self) -> str:
         """The address that `host-gateway` means; "" for none."""
+        if self.settings.host_gateway:
+            return self.settings.host_gateway
         bridge = self._named("bridge") if self.bridging else None
-        return self.settings.host_gateway or next((pool.gateway for pool in bridge.pools if not pool.v6), "") if bridge else ""
+        return next((pool.gateway for pool in bridge.pools if not pool.v6), "") if bridge is not None else ""
 
     def resolves(self, sandbox: Sandbox) -> bool:
         """Whether names are resolved for it by our own server: on networks that users made."""
-        return False
+        return resolves(sandbox)
 
     def _default_bridge(self) -> None:
         settings = self.settings
@@ -204,12 +213,17 @@ class Networks:
         """Ids of containers that have a namespace of ours."""
         return list(self._sandboxes)
 
-    def hold(self) -> None:
-        """Once it is known which containers run on after a start of the daemon: keep others from their ports."""
+    async def resume(self) -> None:
+        """Once it is known which containers run on after a start of the daemon: their ports and names are served."""
         for sandbox in self._sandboxes.values():
             for endpoint in sandbox.endpoints:
                 for port in endpoint.published:
                     self._ports.hold(port)
+        if self.usable:
+            try:
+                await self._call(self._up, self._serving.sync, list(self._sandboxes.values()))
+            except BoxshipError as error:
+                log.error("%s", error)
 
     @staticmethod
     def _foreign(network: Network) -> bool:
@@ -222,6 +236,7 @@ class Networks:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
         def work() -> None:
+            self._serving.close()
             self._namespaces.close()
             for each in (self._links, self._down_links):
                 if each is not None:
@@ -420,6 +435,7 @@ class Networks:
         self._active.discard(network.id)
         if not network.config_only:
             await self._call(self._up, lambda: self._up_links().remove(network))
+            await self._call(self._up, self._serving.forget, network)
         self._forget(network)
         if was:
             await self._sync_rules()
@@ -489,6 +505,7 @@ class Networks:
         sandbox_id = self._namespaces.take()
         sandbox = Sandbox(sandbox_id or secrets.token_hex(32), subject.id, "")
         sandbox.path = self._namespaces.path(sandbox.id)
+        sandbox.dns, sandbox.ndots = list(subject.dns), subject.ndots
         try:
             for attachment, network in zip(wanted, networks, strict=True):
                 sandbox.endpoints.append(self._endpoint(subject, attachment, network, sandbox))
@@ -596,7 +613,8 @@ class Networks:
         binding = self._by_id[endpoint.network].options.get(model.OPTION_HOST_BINDING, "")
         choices = [each._replace(host_ip=each.host_ip or ("" if binding in ANY else binding)) for each in subject.ports]
         # IPv6 of the host leads to a container without it only by the proxy.
-        addresses = ANY if endpoint.ipv6 and os.path.exists("/proc/net/if_inet6") else ANY[:1]
+        both = (endpoint.ipv6 or self.settings.userland_proxy) and os.path.exists("/proc/net/if_inet6")
+        addresses = ANY if both else ANY[:1]
         try:
             found = self._ports.allocate(choices, addresses, endpoint.ipv4 or f"[{endpoint.ipv6}]")
         except BoxshipError as error:
@@ -643,6 +661,8 @@ class Networks:
             os.close(fd)
         if publishes:
             self._map(sandbox.endpoints, [])
+        self._serving.names(sandbox, sandbox.endpoints)
+        self._serving.publish(port for each in sandbox.endpoints for port in each.published)
 
     def release(self, container_id: str) -> asyncio.Future[None] | None:
         """A container that has ended: its ports are free now, its addresses when the future is done (None: there was nothing)."""
@@ -653,7 +673,7 @@ class Networks:
         for endpoint in sandbox.endpoints:
             for port in endpoint.published:
                 published.append(port)
-                self._ports.release(port)
+                self._ports.leave(port)
             endpoint.published = []
         done: asyncio.Future[None] = asyncio.ensure_future(self._end(sandbox, published))
         self._ending[sandbox.id] = (sandbox, done)
@@ -661,8 +681,7 @@ class Networks:
 
     async def _end(self, sandbox: Sandbox, published: list[Published]) -> None:
         try:
-            if published:
-                await self._call(self._up, self._map, [], published)
+            await self._call(self._up, self._silence, sandbox, published)
             await self._call(self._down, self._take_down, sandbox)
         except (BoxshipError, OSError) as error:
             # The record stays, so that the next start of the daemon tries again.
@@ -673,6 +692,12 @@ class Networks:
         self._store.delete_sandbox(sandbox)
         for endpoint in sandbox.endpoints:
             self._give_back(endpoint)
+
+    def _silence(self, sandbox: Sandbox, published: list[Published]) -> None:
+        if published:
+            self._map([], published)
+            self._serving.withdraw(published)
+        self._serving.no_names(sandbox.endpoints, sandbox.id)
 
     def _take_down(self, sandbox: Sandbox) -> None:
         if self._down_links is None:
@@ -696,7 +721,7 @@ class Networks:
         endpoint = self._endpoint(subject, wanted, network, sandbox)
         before = self.gateway(sandbox)
         try:
-            self._store.put_sandbox(Sandbox(sandbox.id, sandbox.container, sandbox.path, [endpoint]))
+            self._store.put_sandbox(replace(sandbox, endpoints=[endpoint]))
         except BaseException:
             self._give_back(endpoint)
             raise
@@ -722,6 +747,7 @@ class Networks:
             )
         finally:
             os.close(fd)
+        self._serving.names(sandbox, [endpoint])
 
     async def _move_ports(self, subject: Subject, sandbox: Sandbox, before: Endpoint | None) -> None:
         """Published ports go where the gateway is."""
@@ -729,6 +755,7 @@ class Networks:
         published = list(before.published) if before is not None else []
         if before is not None:
             before.published = []
+        gone = published
         if after is not None and self._by_id[after.network].driver == "bridge":
             if published:
                 after.published = [_to(port, after) for port in published]
@@ -736,10 +763,15 @@ class Networks:
                 self._publish(subject, sandbox)
         else:
             for port in published:
-                self._ports.release(port)
+                self._ports.leave(port)
         self._store.put_sandbox(sandbox)
         if published or (after is not None and after.published):
-            await self._sync_rules()
+            await self._call(self._up, self._lead, gone, list(after.published) if after is not None else [])
+
+    def _lead(self, gone: list[Published], ports: list[Published]) -> None:
+        self._serving.withdraw(gone)
+        self._apply_rules()
+        self._serving.publish(ports)
 
     async def disconnect(self, subject: Subject, network: Network) -> None:
         """Take a running container from a network. Raises BoxshipError when it is not on it."""
@@ -764,6 +796,8 @@ class Networks:
                 links.leave(endpoint, fd)
             finally:
                 os.close(fd)
+        self._serving.no_names([endpoint])
+        self._serving.names(sandbox, [])
         after = self.gateway(sandbox)
         if after is not None:
             fd = os.open(sandbox.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -781,6 +815,7 @@ class Networks:
             endpoint.name = name
             endpoint.dns_names = [name if each == former else each for each in endpoint.dns_names]
         self._store.put_sandbox(sandbox)
+        self._up.submit(self._serving.names, sandbox, sandbox.endpoints)
 
 
 def _to(port: Published, endpoint: Endpoint) -> Published:

@@ -219,4 +219,12 @@ class Sandbox:
     container: str
     path: str
     """Where it is pinned."""
+    dns: list[str] = field(default_factory=list)
+    """Name servers that the user chose; [] for the host's."""
+    ndots: bool = False
+    """Whether the user chose ndots in resolv.conf."""
     endpoints: list[Endpoint] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        """For the store, which keeps the endpoints apart."""
+        return {"id": self.id, "container": self.container, "path": self.path, "dns": self.dns, "ndots": self.ndots}

@@ -117,6 +117,8 @@ class Ports:
     def __init__(self) -> None:
         self._taken: dict[tuple[str, int], set[str]] = {}
         self._held: dict[tuple[str, str, int], socket.socket] = {}
+        self._leaving: set[tuple[str, str, int]] = set()
+        """Released, but the proxy may still listen."""
         self._next = 0
 
     def allocate(self, choices: list[Wanted], addresses: tuple[str, ...], target: str = "") -> list[Published]:
@@ -170,7 +172,9 @@ class Ports:
         held = {}
         try:
             for address in targets:
-                held[protocol, address, port] = _bind(protocol, address, port)
+                key = (protocol, address, port)
+                if key not in self._leaving:
+                    held[key] = _bind(*key)
         except OSError as error:
             for each in held.values():
                 each.close()
@@ -191,6 +195,19 @@ class Ports:
                 self._held[key] = _bind(*key)
             except OSError:
                 pass  # whoever has it keeps it from others
+
+    def held(self, port: Published) -> socket.socket | None:
+        """The socket that holds it, borrowed."""
+        return self._held.get((port.protocol, port.host_ip, port.host_port))
+
+    def leave(self, port: Published) -> None:
+        """It may be given again, but the proxy may still listen there, until `left`."""
+        self.release(port)
+        self._leaving.add((port.protocol, port.host_ip, port.host_port))
+
+    def left(self, port: Published) -> None:
+        """The proxy listens there no more."""
+        self._leaving.discard((port.protocol, port.host_ip, port.host_port))
 
     def let_go(self, port: Published) -> None:
         """Close the socket that holds it; the port stays taken."""

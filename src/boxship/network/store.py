@@ -6,7 +6,7 @@ address as its key, so that no address is given twice, whatever the code above b
 
     ROOT/network/network.db
         networks  (id, name, record)
-        sandboxes (id, container, path)
+        sandboxes (id, record)
         endpoints (id, sandbox, record)
         addresses (network, address, endpoint)
         meta      (key, value)                      schema version
@@ -26,7 +26,7 @@ SCHEMA = "1"
 _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS networks (id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, record TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS sandboxes (id TEXT PRIMARY KEY, container TEXT NOT NULL, path TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS sandboxes (id TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS endpoints (id TEXT PRIMARY KEY, sandbox TEXT NOT NULL, record TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS addresses (network TEXT NOT NULL, address TEXT NOT NULL, endpoint TEXT NOT NULL,
     PRIMARY KEY (network, address)) WITHOUT ROWID;
@@ -68,7 +68,7 @@ class Store:
 
     def sandboxes(self) -> list[Sandbox]:
         """All sandboxes with their endpoints."""
-        found = {row[0]: Sandbox(*row) for row in self._db.execute("SELECT id, container, path FROM sandboxes")}
+        found = {row[0]: Sandbox(**json.loads(row[1])) for row in self._db.execute("SELECT id, record FROM sandboxes")}
         for sandbox_id, record in self._db.execute("SELECT sandbox, record FROM endpoints"):
             if sandbox_id in found:
                 found[sandbox_id].endpoints.append(Endpoint.of(json.loads(record)))
@@ -78,7 +78,7 @@ class Store:
         """Write a sandbox, its endpoints and their addresses, all or nothing. Raises AlreadyExists for an address in use."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            self._db.execute("INSERT OR REPLACE INTO sandboxes VALUES (?, ?, ?)", (sandbox.id, sandbox.container, sandbox.path))
+            self._db.execute("INSERT OR REPLACE INTO sandboxes VALUES (?, ?)", (sandbox.id, json.dumps(sandbox.record())))
             for endpoint in sandbox.endpoints:
                 self._put_endpoint(sandbox, endpoint)
         except BaseException:
