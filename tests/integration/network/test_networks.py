@@ -70,6 +70,14 @@ def test_a_published_port_is_reached_from_everywhere_and_the_container_itself_fr
     assert site.ask("neighbour", HOST, 8080) == ""
 
 
+def test_the_hosts_loopback_leads_to_published_ports_too(site: Site) -> None:
+    site.serve("web", "--publish", "8080:80", "--publish", "127.0.0.1:8081:80")
+    for address, port in (("127.0.0.1", 8080), ("::1", 8080), ("127.0.0.1", 8081)):
+        assert site.ask("host", address, port) == "web", address
+    assert site.ask("neighbour", HOST, 8081) == "", "bound to the loopback alone"
+    assert [each["HostIp"] for each in site.inspect("web")["NetworkSettings"]["Ports"]["80/tcp"]] == ["0.0.0.0", "::", "127.0.0.1"]
+
+
 def test_a_port_that_is_taken_is_refused_in_dockers_words_and_free_again_at_once(site: Site) -> None:
     site.serve("first", "--publish", "8080:80")
     said = site.fails("run", "--name", "second", "--publish", "8080:80", NAME, "true")
@@ -179,6 +187,39 @@ def test_macvlan_on_a_device_of_the_host(site: Site) -> None:
     assert found["IPAddress"].startswith("203.0.113.6")
     assert _pings(site, "one", NEIGHBOUR)
     assert "not found" not in site.fails("network", "create", "--driver", "macvlan", "--opt", "parent=nope", "no")
+
+
+def _lookup(site: Site, where: str, name: str) -> set[str]:
+    """Addresses that the container's own name server tells."""
+    said = site.stage.run(*site._words("exec", where, "busybox", "nslookup", name), check=False).stdout
+    return {line.split()[1 if line.startswith("Address:") else 2] for line in said.splitlines()[2:] if line.startswith("Address")}
+
+
+def test_names_are_resolved_on_networks_that_users_make(site: Site) -> None:
+    for name in ("front", "back"):
+        site("network", "create", name)
+    site.run("db", "--network", "back", "--network-alias", "store")
+    site.run("web", "--network", "front")
+    site.run("app", "--network", "back", "--link", "db:linked")
+    address = site.inspect("db")["NetworkSettings"]["Networks"]["back"]["IPAddress"]
+    assert site("exec", "app", "head", "-1", "/etc/resolv.conf") == "nameserver 127.0.0.11"
+    for name in ("db", "store", "linked", "db.back", site.inspect("db")["Id"][:12]):
+        assert _lookup(site, "app", name) == {address}, name
+    assert _lookup(site, "web", "db") == set(), "on another network"
+    site("network", "connect", "--alias", "late", "back", "web")
+    assert _lookup(site, "web", "db") == {address}
+    assert _lookup(site, "app", "late") == {site.inspect("web")["NetworkSettings"]["Networks"]["back"]["IPAddress"]}
+    site("network", "disconnect", "back", "web")
+    assert _lookup(site, "app", "late") == set()
+    site("rename", "db", "other")
+    assert _lookup(site, "app", "other") == {address}
+    namespace = site.inspect("app")["NetworkSettings"]["SandboxKey"]
+    site.kill()
+    assert address in site.stage.out("nsenter", f"--net={namespace}", "busybox", "nslookup", "other", "127.0.0.11"), "without a daemon"
+    site.start()
+    assert _lookup(site, "app", "other") == {address}
+    site("rm", "--force", "other")
+    assert _lookup(site, "app", "other") == set()
 
 
 def test_links_on_the_default_bridge(site: Site) -> None:

@@ -104,7 +104,7 @@ def test_a_pool_that_contradicts_itself_is_refused_in_dockerds_words(pool: Pool,
 
 def _sandbox(number: int, address: str) -> Sandbox:
     endpoint = Endpoint(f"e{number}", "net", f"c{number}", "name", "eth0", "veth0", "02:42:00:00:00:01", ipv4=address, prefix4=24)
-    return Sandbox(f"s{number}", f"c{number}", f"/netns/{number}", [endpoint])
+    return Sandbox(f"s{number}", f"c{number}", f"/netns/{number}", endpoints=[endpoint])
 
 
 def test_the_store_itself_refuses_an_address_that_somebody_has(tmp_path: Path) -> None:
