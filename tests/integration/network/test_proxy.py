@@ -215,10 +215,17 @@ def test_clients_of_datagrams_are_bounded_and_the_oldest_is_forgotten(proxy: Pro
             client.bind((f"127.0.{1 + number // 250}.{1 + number % 250}", 0))
             client.sendto(b"x", ("127.0.0.1", 8000))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-        client.settimeout(20)
+        client.settimeout(1)
         client.connect(("127.0.0.1", 8000))
-        client.send(b"last")
-        assert client.recv(10) == b"last"
+        for _ in range(20):  # after so many at once one may be dropped, as datagrams may
+            client.send(b"last")
+            try:
+                assert client.recv(10) == b"last"
+                break
+            except TimeoutError:
+                continue
+        else:
+            pytest.fail("no answer to any of 20")
     assert 1000 < connections(proxy) <= 4096
     assert len(os.listdir(f"/proc/{pid}/fd")) < 4150
     end(server)
