@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from boxship.api.containerd.pb import types
+from boxship.images.builtin import provide
 from boxship.images.builtin.elf import Linker, read
 from boxship.images.builtin.tree import Tree
 from boxship.kit.errors import InvalidArgument
@@ -92,3 +97,42 @@ def test_a_layer_is_whole_wherever_its_last_piece_ends() -> None:
             await _layer(Store(), tree)  # type: ignore[arg-type]
 
     asyncio.run(main())
+
+
+@pytest.fixture
+def stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[dict[str, Any]]]:
+    """The machine's programs over a root of two layers, upper and lower, on a machine that has /usr/local/etc."""
+    monkeypatch.setattr(provide.machine, "PROGRAMS", ("usr",))
+    real = os.path.isdir
+    monkeypatch.setattr(provide.os.path, "isdir", lambda path: path == "/usr/local/etc" or real(path))
+    for name in ("upper", "lower"):
+        (tmp_path / name).mkdir()
+    mount = types.Mount(type="overlay", source="overlay", options=[
+        f"lowerdir={tmp_path}/lower", f"upperdir={tmp_path}/upper", f"workdir={tmp_path}/work"])
+    return lambda: provide.Builtins(None, str(tmp_path / "builtin")).mounts([mount], str(tmp_path / "spare"), read_only=False)
+
+
+def test_the_machines_programs_are_below_the_layers_and_its_configuration_is_not(stand: Callable[[], list[dict[str, Any]]], tmp_path: Path) -> None:
+    (tmp_path / "lower/usr/local/etc").mkdir(parents=True)
+    programs, hidden = stand()
+    assert programs["destination"] == "/usr" and f"lowerdir={tmp_path}/lower/usr:/usr" in programs["options"]
+    assert f"upperdir={tmp_path}/upper/usr" in programs["options"]
+    assert hidden["destination"] == "/usr/local/etc"
+    assert f"lowerdir={tmp_path}/lower/usr/local/etc:{tmp_path}/builtin/nothing" in hidden["options"]
+
+
+@pytest.mark.parametrize("layer", ["upper", "lower"])
+@pytest.mark.parametrize("link", ["usr", "usr/local", "usr/local/etc"])
+def test_links_of_layers_are_not_followed(stand: Callable[[], list[dict[str, Any]]], tmp_path: Path, layer: str, link: str) -> None:
+    path = tmp_path / layer / link
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to("/")
+    made = [mount["destination"] for mount in stand()]
+    assert made == ([] if link == "usr" else ["/usr"])
+    assert not os.path.lexists("/local/etc")
+
+
+def test_an_opaque_folder_does_not_uncover_the_machines_configuration(stand: Callable[[], list[dict[str, Any]]], tmp_path: Path) -> None:
+    (tmp_path / "upper/usr/local").mkdir(parents=True)
+    os.setxattr(tmp_path / "upper/usr/local", "user.overlay.opaque", b"y")
+    assert [mount["destination"] for mount in stand()] == ["/usr", "/usr/local/etc"]

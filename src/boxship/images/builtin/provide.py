@@ -3,7 +3,7 @@
 Runs in: the daemon, on its event loop; files are read in worker threads.
 
     ROOT/NAME.json      what the image was made of, and its manifest's digest; also the digests of all layers that were made
-    ROOT/mask           hides what of the machine's folders is not let in
+    ROOT/nothing        an empty folder
 
 `host` is an image like others, with one small layer: configuration that everybody may read, and empty folders. The machine's own
 programs are not in it. They are the lowest layer of an overlay over each of its folders (`Builtins.mounts`), whose other layers
@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from boxship import __version__
 from boxship.api.containerd import pb
@@ -138,32 +138,30 @@ class Builtins:
         lowers = split_lowers(given["lowerdir"]) if upper else []
         if not upper:
             upper, work = f"{spare}/upper", f"{spare}/work"
-        mask = self._mask()
         mounts: list[dict[str, Any]] = []
-        for name in machine.PROGRAMS:
-            if os.path.islink(f"/{name}") or not os.path.isdir(f"/{name}"):
-                continue
-            layers = _stack([upper, *lowers], name)
-            if layers is None:
-                continue  # an image that has taken the folder away, or put something else there
-            os.makedirs(f"{upper}/{name}", 0o755, exist_ok=True)
-            os.makedirs(f"{work}/{name}", 0o700, exist_ok=True)
-            below = ":".join(_escaped(path) for path in (*layers, f"{mask}/{name}", f"/{name}"))
-            mounts.append({"destination": f"/{name}", "type": "overlay", "source": "overlay", "options": [
-                "nosuid", "nodev", *(["ro"] if read_only else []), f"lowerdir={below}", f"upperdir={upper}/{name}",
-                f"workdir={work}/{name}", *(["userxattr"] if "userxattr" in given else [])]})
-        return mounts
 
-    def _mask(self) -> str:
-        """A tree that lies over the machine's: /usr/local/etc is of the same kind as /etc, and nothing in it is let in."""
-        mask = f"{self._root}/mask"
+        def overlay_at(path: str, beneath: str, *, always: bool = False) -> None:
+            seen = _stack([upper, *lowers], path)
+            if seen is None or not (seen.bottom or always):
+                return  # an image or a container that has taken the folder away, or put something else there
+            os.makedirs(f"{upper}/{path}", 0o755, exist_ok=True)
+            own_work = f"{work}/{path.replace('/', '-')}"
+            os.makedirs(own_work, 0o700, exist_ok=True)
+            mounts.append({"destination": f"/{path}", "type": "overlay", "source": "overlay", "options": [
+                "nosuid", "nodev", *(["ro"] if read_only else []),
+                f"lowerdir={':'.join(map(_escaped, [*seen.below, beneath]))}", f"upperdir={upper}/{path}", f"workdir={own_work}",
+                *(["userxattr"] if "userxattr" in given else [])]})
+
         for name in machine.PROGRAMS:
-            os.makedirs(f"{mask}/{name}", 0o755, exist_ok=True)
-        hidden = f"{mask}/usr/local/etc"
-        if not os.path.isdir(hidden):
-            os.makedirs(hidden, 0o755)
-            os.setxattr(hidden, f"{'user' if _in_user_namespace() else 'trusted'}.overlay.opaque", b"y")
-        return mask
+            if not os.path.islink(f"/{name}") and os.path.isdir(f"/{name}"):
+                overlay_at(name, f"/{name}")
+        if os.path.isdir("/usr/local/etc") and not os.path.islink("/usr/local"):
+            # Configuration of what was built on the machine, so of the same kind as /etc; and nothing in it is let in. An opaque
+            # folder is not enough to hide it: in a user namespace overlays do not look at such marks.
+            nothing = f"{self._root}/nothing"
+            os.makedirs(nothing, 0o755, exist_ok=True)
+            overlay_at("usr/local/etc", nothing, always=True)
+        return mounts
 
     def _known(self, name: str) -> dict[str, Any]:
         try:
@@ -218,20 +216,41 @@ class Builtins:
             await leases.Delete(pb.leases.DeleteRequest(id=lease), call)
 
 
-def _stack(layers: Sequence[str], name: str) -> list[str] | None:
-    """Where the layers below the first have a folder `name`; None when the machine's is not to be seen below them."""
-    found = []
-    for number, layer in enumerate(layers):
-        path = f"{layer}/{name}"
-        try:
-            status = os.lstat(path)
-        except FileNotFoundError:
-            continue
-        if not stat.S_ISDIR(status.st_mode) or _opaque(path):
-            return None
-        if number:
-            found.append(path)
-    return found
+class _Seen(NamedTuple):
+    """What of a stack of layers is seen at a path."""
+
+    below: list[str]
+    """The folders of the layers, without the first's."""
+    bottom: bool
+    """Whether what lies below all layers is seen too."""
+
+
+def _stack(layers: Sequence[str], path: str) -> _Seen | None:
+    """What is seen at `path`; None when that is no folder.
+
+    No link of a layer is followed: layers are made by images and containers, and the folders are used as the machine's root.
+    """
+    found: list[str] = []
+    bottom = True
+    for layer in layers:
+        place = layer
+        for part in path.split("/"):
+            place = f"{place}/{part}"
+            try:
+                status = os.lstat(place)
+            except FileNotFoundError:
+                break
+            if not stat.S_ISDIR(status.st_mode):
+                if not found:
+                    return None
+                bottom = False
+                break
+            bottom = bottom and not _opaque(place)
+        else:
+            found.append(place)
+        if not bottom:
+            break
+    return _Seen([each for each in found if each != f"{layers[0]}/{path}"], bottom)
 
 
 def _opaque(path: str) -> bool:
@@ -246,10 +265,6 @@ def _opaque(path: str) -> bool:
 
 def _escaped(path: str) -> str:
     return path.replace("\\", "\\\\").replace(":", "\\:")
-
-
-def _in_user_namespace() -> bool:
-    return read_all("/proc/self/uid_map").split() != [b"0", b"0", b"4294967295"]
 
 
 async def _blob(store: Blobs, media_type: str, data: bytes, labels: dict[str, str]) -> Descriptor:
