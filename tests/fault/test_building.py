@@ -42,7 +42,9 @@ def box(engine: Daemon, *words: str | Path, code: int = 0) -> str:
 def begun(engine: Daemon, context: Path, mark: str) -> subprocess.Popen[bytes]:
     """A build that is in the middle of a step."""
     process = subprocess.Popen(
-        [*COMMAND, "build", str(context)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environ(engine))
+        [*COMMAND, "build", str(context)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environ(engine),
+        # What runs these tests in the background may have them ignore it, and so what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # noqa: PLW1509
     assert process.stdout is not None
     for line in process.stdout:
         if line.strip() == mark.encode():

@@ -272,7 +272,8 @@ def test_memory_that_was_saved_before_is_not_saved_again(
     machine.ok("checkpoint", "--parent-path", "../second", "--image-path", str(images / "last"), box, env=environ)
     assert machine("state", box).code == 1
     sizes = {name: sum(file.stat().st_size for file in (images / name).glob("pages-*.img")) for name in ("first", "second", "last")}
-    assert 0 < sizes["last"] < sizes["first"] and sizes["second"] < sizes["first"], sizes
+    # Of the second nothing is asked: on a slow machine the little that this program has was all touched again meanwhile.
+    assert 0 < sizes["last"] < sizes["first"], sizes
     count = len(numbers(counting))
     machine.ok("restore", "--detach", "--image-path", str(images / "last"), "--bundle", str(counting.path), box, env=environ)
     eventually(lambda: len(numbers(counting)) > count + 5)
